@@ -1,0 +1,99 @@
+//! Merging partial softmax results through their log-sum-exp.
+//!
+//! Two results over disjoint sets of keys, `(out_a, lse_a)` and `(out_b, lse_b)`, give the result over the union:
+//!
+//! ```text
+//! lse = ln(e^lse_a + e^lse_b)        out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
+//! ```
+//!
+//! The operation is associative and commutative up to rounding; an empty part (`lse = -inf`) is its identity.
+//! Sources: Milakov and Gimelshein 2018; Rabe and Staats 2021; Dao et al. 2022.
+
+use crate::{AttnError, Result};
+
+/// The weights `(e^(a - lse), e^(b - lse))` and the merged `lse`; both weights are 0 when both parts are empty.
+#[inline]
+pub fn merge_weights(lse_a: f32, lse_b: f32) -> (f32, f32, f32) {
+    let max = lse_a.max(lse_b);
+    if max == f32::NEG_INFINITY {
+        return (0.0, 0.0, max);
+    }
+    let (a, b) = ((lse_a - max).exp(), (lse_b - max).exp());
+    let sum = a + b;
+    (a / sum, b / sum, max + sum.ln())
+}
+
+/// Merges a second part into the first, in place: `out [rows, width]`, `lse [rows]`.
+///
+/// A row of weight 0 contributes nothing, whatever its values are.
+///
+/// # Errors
+/// [`AttnError::Shape`] if the buffers disagree in length; nothing has then been written.
+pub fn merge_into(out: &mut [f32], lse: &mut [f32], part_out: &[f32], part_lse: &[f32]) -> Result<()> {
+    if part_lse.len() != lse.len() {
+        return Err(AttnError::shape("part_lse", "rows", part_lse.len(), lse.len()));
+    }
+    if part_out.len() != out.len() {
+        return Err(AttnError::shape("part_out", "elements", part_out.len(), out.len()));
+    }
+    if lse.is_empty() {
+        return Ok(());
+    }
+    if !out.len().is_multiple_of(lse.len()) {
+        return Err(AttnError::shape(
+            "out",
+            "elements",
+            out.len(),
+            format!("a multiple of {} rows", lse.len()),
+        ));
+    }
+    let width = out.len() / lse.len();
+    for (row, (lse, &part_lse)) in lse.iter_mut().zip(part_lse).enumerate() {
+        let (keep, add, merged) = merge_weights(*lse, part_lse);
+        *lse = merged;
+        let rows = out[row * width..][..width].iter_mut().zip(&part_out[row * width..][..width]);
+        for (o, p) in rows {
+            let kept = if keep == 0.0 { 0.0 } else { keep * *o };
+            *o = if add == 0.0 { kept } else { kept + add * p };
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_those_of_the_sums() {
+        let (a, b, lse) = merge_weights(1f32.ln(), 3f32.ln());
+        assert!((a - 0.25).abs() < 1e-6 && (b - 0.75).abs() < 1e-6 && (lse - 4f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn an_empty_part_changes_nothing() {
+        let (mut out, mut lse) = (vec![1.0, 2.0], vec![0.5]);
+        merge_into(&mut out, &mut lse, &[f32::NAN, f32::NAN], &[f32::NEG_INFINITY]).unwrap();
+        assert_eq!((out.as_slice(), lse.as_slice()), (&[1.0, 2.0][..], &[0.5][..]));
+        let (mut out, mut lse) = (vec![0.0, 0.0], vec![f32::NEG_INFINITY]);
+        merge_into(&mut out, &mut lse, &[1.0, 2.0], &[0.5]).unwrap();
+        assert_eq!((out.as_slice(), lse.as_slice()), (&[1.0, 2.0][..], &[0.5][..]));
+        let (mut out, mut lse) = (vec![9.0], vec![f32::NEG_INFINITY]);
+        merge_into(&mut out, &mut lse, &[9.0], &[f32::NEG_INFINITY]).unwrap();
+        assert_eq!((out[0], lse[0]), (0.0, f32::NEG_INFINITY));
+    }
+
+    #[test]
+    fn huge_log_sums_do_not_overflow() {
+        let (a, b, lse) = merge_weights(1e30, -1e30);
+        assert_eq!((a, b, lse), (1.0, 0.0, 1e30));
+    }
+
+    #[test]
+    fn lengths_are_checked() {
+        let (mut out, mut lse) = (vec![0.0; 4], vec![0.0; 2]);
+        assert!(merge_into(&mut out, &mut lse, &[0.0; 4], &[0.0; 3]).is_err());
+        assert!(merge_into(&mut out, &mut lse, &[0.0; 3], &[0.0; 2]).is_err());
+        assert!(merge_into(&mut out[..3], &mut lse, &[0.0; 3], &[0.0; 2]).is_err());
+    }
+}

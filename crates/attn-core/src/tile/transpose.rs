@@ -1,0 +1,125 @@
+//! Transposes and conversions of small blocks.
+
+use crate::Element;
+use crate::simd::{Simd, SimdBase};
+use crate::view::Rows;
+use fearless_simd::f32x4;
+
+/// Writes `scale * rows^T` to `out [width, out_stride]`: column `i` of `out` is row `i`. Columns beyond the rows
+/// are set to zero, so that vectors may run over them.
+///
+/// # Panics
+/// If `out` is shorter than `width * out_stride` or `out_stride` shorter than the number of rows.
+#[inline(always)]
+pub fn transpose<S: Simd, E: Element>(
+    simd: S,
+    rows: Rows<'_, E>,
+    scale: f32,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    let (n, width) = (rows.len(), rows.width());
+    assert!(
+        out_stride >= n && out.len() >= width * out_stride,
+        "transpose of {n} x {width} into {}",
+        out.len()
+    );
+    let factor = f32x4::splat(simd, scale);
+    let mut i = 0;
+    while i + 4 <= n {
+        let four = [rows.row(i), rows.row(i + 1), rows.row(i + 2), rows.row(i + 3)];
+        let mut c = 0;
+        while c + 4 <= width {
+            let load = |row: &[E]| f32x4::from_fn(simd, |lane| row[c + lane].load());
+            let [a, b, x, y] = four.map(load);
+            let (low_ax, high_ax) = (a.zip_low(x), a.zip_high(x));
+            let (low_by, high_by) = (b.zip_low(y), b.zip_high(y));
+            let columns = [
+                low_ax.zip_low(low_by),
+                low_ax.zip_high(low_by),
+                high_ax.zip_low(high_by),
+                high_ax.zip_high(high_by),
+            ];
+            for (step, column) in columns.into_iter().enumerate() {
+                (column * factor).store_slice(&mut out[(c + step) * out_stride + i..][..4]);
+            }
+            c += 4;
+        }
+        for c in c..width {
+            for (lane, row) in four.iter().enumerate() {
+                out[c * out_stride + i + lane] = scale * row[c].load();
+            }
+        }
+        i += 4;
+    }
+    for i in i..n {
+        for (c, x) in rows.row(i).iter().enumerate() {
+            out[c * out_stride + i] = scale * x.load();
+        }
+    }
+    for c in 0..width {
+        out[c * out_stride + n..(c + 1) * out_stride].fill(0.0);
+    }
+}
+
+/// Copies rows into `out [len, width]`, widened to f32.
+///
+/// # Panics
+/// If `out` is shorter.
+#[inline(always)]
+pub fn widen<E: Element>(rows: Rows<'_, E>, out: &mut [f32]) {
+    if rows.width() == 0 {
+        return;
+    }
+    for (row, out) in rows.iter().zip(out[..rows.len() * rows.width()].chunks_exact_mut(rows.width())) {
+        out.iter_mut().zip(row).for_each(|(o, x)| *o = x.load());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::{Isa, SimdOp};
+    use half::{bf16, f16};
+
+    struct Transpose<'a, E>(Rows<'a, E>, &'a mut [f32], usize);
+
+    impl<E: Element> SimdOp for Transpose<'_, E> {
+        type Output = ();
+
+        #[inline(always)]
+        fn eval<S: Simd>(self, simd: S) {
+            transpose(simd, self.0, 2.0, self.1, self.2);
+        }
+    }
+
+    fn check<E: Element>(isa: Isa, n: usize, width: usize) {
+        let (stride, out_stride) = (width + 3, n.next_multiple_of(8));
+        let data: Vec<E> = (0..n * stride).map(|x| E::store(x as f32)).collect();
+        let rows = Rows::new(&data, n, width, stride);
+        let mut out = vec![f32::NAN; width * out_stride];
+        isa.run(Transpose(rows, &mut out, out_stride));
+        for c in 0..width {
+            for i in 0..out_stride {
+                let want = if i < n { 2.0 * rows.row(i)[c].load() } else { 0.0 };
+                assert_eq!(out[c * out_stride + i], want, "{isa} {n} x {width}: column {c}, row {i}");
+            }
+        }
+        let mut wide = vec![f32::NAN; n * width];
+        widen(rows, &mut wide);
+        (0..n * width).for_each(|x| assert_eq!(wide[x], rows.row(x / width)[x % width].load()));
+    }
+
+    #[test]
+    fn every_size_and_dtype() {
+        for isa in Isa::available() {
+            for n in [0, 1, 3, 4, 5, 8, 13] {
+                for width in [1, 2, 4, 7, 8, 12] {
+                    check::<f32>(isa, n, width);
+                    check::<bf16>(isa, n, width);
+                    check::<f16>(isa, n, width);
+                }
+            }
+        }
+    }
+}

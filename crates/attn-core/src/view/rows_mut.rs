@@ -1,0 +1,89 @@
+//! Disjoint mutable blocks of rows, so that threads can write one strided output without copies or locks.
+//!
+//! The only `unsafe` of the views: a block keeps a pointer to its first row, because the rows of two blocks of
+//! a `(b, n, h, d)` buffer interleave and no pair of slices could describe them.
+#![allow(unsafe_code)]
+
+use crate::Element;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// A mutable matrix `[len, width]`, the only access to its rows.
+#[derive(Debug)]
+pub struct RowsMut<'a, E> {
+    first: *mut E,
+    len: usize,
+    width: usize,
+    stride: usize,
+    owner: PhantomData<&'a mut [E]>,
+}
+
+// SAFETY: a `RowsMut` is the only access to its rows (`blocks` hands every row to exactly one of them), so
+// sending it to another thread is like sending `&mut [E]`, and `E: Element` is `Send`.
+unsafe impl<E: Element> Send for RowsMut<'_, E> {}
+
+impl<E: Element> RowsMut<'_, E> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True without rows.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Elements of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Row `i`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline(always)]
+    pub fn row_mut(&mut self, i: usize) -> &mut [E] {
+        assert!(i < self.len, "row {i} of {}", self.len);
+        // SAFETY: row `i < len` lies inside the buffer (checked by `ViewMut::new`), overlaps no other row of any
+        // block (the same check), and is borrowed from `self` alone for as long as the slice lives.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(i * self.stride), self.width) }
+    }
+}
+
+/// Some consecutive rows of one head of an output.
+#[derive(Debug)]
+pub struct BlockMut<'a, E> {
+    /// Which batch entry.
+    pub batch: usize,
+    /// Which head.
+    pub head: usize,
+    /// Which rows of the head; `out` holds exactly these.
+    pub rows: Range<usize>,
+    /// The rows themselves.
+    pub out: RowsMut<'a, E>,
+}
+
+/// Cuts a checked, non-overlapping layout (see `ViewMut::new`) into blocks of at most `block` rows.
+pub(super) fn blocks<'a, E: Element>(
+    data: &'a mut [E],
+    shape: [usize; 4],
+    strides: [usize; 4],
+    block: usize,
+) -> impl Iterator<Item = BlockMut<'a, E>> {
+    let [n_batch, n_heads, n, width] = shape;
+    let block = block.clamp(1, n.max(1));
+    let base = data.as_mut_ptr();
+    let n_heads_total = if n == 0 || width == 0 { 0 } else { n_batch * n_heads };
+    (0..n_heads_total).flat_map(move |at| {
+        let (batch, head) = (at / n_heads, at % n_heads);
+        (0..n.div_ceil(block)).map(move |t| {
+            let rows = t * block..((t + 1) * block).min(n);
+            let offset = batch * strides[0] + head * strides[1] + rows.start * strides[2];
+            // SAFETY: `offset` is the index of an element of the checked layout, hence inside `data`.
+            let first = unsafe { base.add(offset) };
+            let out = RowsMut { first, len: rows.len(), width, stride: strides[2], owner: PhantomData };
+            BlockMut { batch, head, rows, out }
+        })
+    })
+}

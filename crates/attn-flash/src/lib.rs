@@ -1,0 +1,1 @@
+//! Exact softmax attention by tiles, at the machine's limit.

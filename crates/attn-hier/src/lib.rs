@@ -1,0 +1,1 @@
+//! Hierarchical attention: coarsen, attend per level, merge.

@@ -1,0 +1,1 @@
+//! Linear and recurrent attention on few engines.

@@ -1,0 +1,1 @@
+//! Sparse attention: patterns and selectors on the exact tile engine.
