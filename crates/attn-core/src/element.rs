@@ -1,5 +1,6 @@
 //! Storage types. Kernels load to f32, accumulate in f32, and round once when they store.
 
+use crate::{OutMut, TensorView, View, ViewMut};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -74,6 +75,15 @@ pub trait Element: Copy + Send + Sync + PartialEq + fmt::Debug + 'static {
 
     /// The slice itself where the storage type is f32: kernels then read it in place.
     fn as_f32(slice: &[Self]) -> Option<&[f32]>;
+
+    /// A typed view as a view whose dtype is known at run time.
+    fn tag(view: View<'_, Self>) -> TensorView<'_>;
+
+    /// A typed output as an output whose dtype is known at run time.
+    fn tag_out(out: ViewMut<'_, Self>) -> OutMut<'_>;
+
+    /// The typed view inside `view`, if it has this dtype.
+    fn untag(view: TensorView<'_>) -> Option<View<'_, Self>>;
 }
 
 impl Element for f32 {
@@ -93,6 +103,18 @@ impl Element for f32 {
     #[inline(always)]
     fn as_f32(slice: &[Self]) -> Option<&[f32]> {
         Some(slice)
+    }
+
+    fn tag(view: View<'_, Self>) -> TensorView<'_> {
+        TensorView::F32(view)
+    }
+
+    fn tag_out(out: ViewMut<'_, Self>) -> OutMut<'_> {
+        OutMut::F32(out)
+    }
+
+    fn untag(view: TensorView<'_>) -> Option<View<'_, Self>> {
+        if let TensorView::F32(view) = view { Some(view) } else { None }
     }
 }
 
@@ -114,6 +136,18 @@ impl Element for bf16 {
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
+
+    fn tag(view: View<'_, Self>) -> TensorView<'_> {
+        TensorView::Bf16(view)
+    }
+
+    fn tag_out(out: ViewMut<'_, Self>) -> OutMut<'_> {
+        OutMut::Bf16(out)
+    }
+
+    fn untag(view: TensorView<'_>) -> Option<View<'_, Self>> {
+        if let TensorView::Bf16(view) = view { Some(view) } else { None }
+    }
 }
 
 impl Element for f16 {
@@ -133,5 +167,17 @@ impl Element for f16 {
     #[inline(always)]
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
+    }
+
+    fn tag(view: View<'_, Self>) -> TensorView<'_> {
+        TensorView::F16(view)
+    }
+
+    fn tag_out(out: ViewMut<'_, Self>) -> OutMut<'_> {
+        OutMut::F16(out)
+    }
+
+    fn untag(view: TensorView<'_>) -> Option<View<'_, Self>> {
+        if let TensorView::F16(view) = view { Some(view) } else { None }
     }
 }

@@ -5,7 +5,7 @@
 //! that an engine never visits the rest; [`Mask::cover`] tells tiles that are seen completely, which pay
 //! nothing. The last two are optimisations and must agree with the first: `attn-testkit` checks it.
 //!
-//! Masks compose: [`And`], [`Or`]. A user's closure is a mask too: [`Predicate`].
+//! Masks compose: [`And`], [`Or`], and an `Option` that hides nothing when it is `None`. A user's closure is a mask too: [`Predicate`].
 
 use crate::{AttnError, AttnShape, Result};
 use std::ops::Range;
@@ -81,6 +81,25 @@ impl<M: Mask + ?Sized> Mask for &M {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         (**self).cover(head, rows, keys)
+    }
+}
+
+/// `None` hides nothing.
+impl<M: Mask> Mask for Option<M> {
+    #[inline(always)]
+    fn sees(&self, pair: Pair) -> bool {
+        self.as_ref().is_none_or(|mask| mask.sees(pair))
+    }
+
+    fn spans(&self, head: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
+        match self {
+            Some(mask) => mask.spans(head, rows, n_kv),
+            None => non_empty(0..n_kv),
+        }
+    }
+
+    fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
+        self.as_ref().map_or(Cover::Full, |mask| mask.cover(head, rows, keys))
     }
 }
 

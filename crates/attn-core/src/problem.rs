@@ -73,21 +73,9 @@ impl<'a> TensorView<'a> {
     }
 }
 
-impl<'a> From<View<'a, f32>> for TensorView<'a> {
-    fn from(v: View<'a, f32>) -> Self {
-        Self::F32(v)
-    }
-}
-
-impl<'a> From<View<'a, bf16>> for TensorView<'a> {
-    fn from(v: View<'a, bf16>) -> Self {
-        Self::Bf16(v)
-    }
-}
-
-impl<'a> From<View<'a, f16>> for TensorView<'a> {
-    fn from(v: View<'a, f16>) -> Self {
-        Self::F16(v)
+impl<'a, E: Element> From<View<'a, E>> for TensorView<'a> {
+    fn from(view: View<'a, E>) -> Self {
+        E::tag(view)
     }
 }
 
@@ -152,34 +140,47 @@ impl<'a> Qkv<'a> {
         self.q.dtype()
     }
 
+    /// Checks that `out` has the output's shape and the inputs' dtype.
+    ///
+    /// # Errors
+    /// [`AttnError::Shape`] or [`AttnError::DType`] naming what differs.
+    pub fn check_out(&self, out: &OutMut<'_>) -> Result<()> {
+        let (found, expected) = (out.shape(), self.shape.out());
+        for (a, axis) in ["batch", "n_heads_q", "n_q", "head_dim_v"].into_iter().enumerate() {
+            if found[a] != expected[a] {
+                return Err(AttnError::shape("out", axis, found[a], expected[a]));
+            }
+        }
+        if out.dtype() != self.dtype() {
+            let (found, expected) = (out.dtype().to_string(), format!("{} (as in q)", self.dtype()));
+            return Err(AttnError::DType { tensor: "out".into(), found, expected });
+        }
+        Ok(())
+    }
+
     /// Matches the dtype once and runs `op` on typed views.
     ///
     /// # Errors
-    /// [`AttnError::Shape`] or [`AttnError::DType`] if `out` does not fit; what `op` returns.
+    /// As [`Qkv::check_out`]; what `op` returns.
     pub fn with_out<Op: TypedOp>(self, out: OutMut<'_>, op: Op) -> Result<Op::Output> {
-        let expected = self.shape.out();
-        for (a, axis) in ["batch", "n_heads_q", "n_q", "head_dim_v"].into_iter().enumerate() {
-            if out.shape()[a] != expected[a] {
-                return Err(AttnError::shape("out", axis, out.shape()[a], expected[a]));
-            }
+        self.check_out(&out)?;
+        match out {
+            OutMut::F32(out) => self.typed(out, op),
+            OutMut::Bf16(out) => self.typed(out, op),
+            OutMut::F16(out) => self.typed(out, op),
         }
-        let shape = self.shape;
-        match (self.q, self.k, self.v, out) {
-            (TensorView::F32(q), TensorView::F32(k), TensorView::F32(v), OutMut::F32(o)) => {
-                op.run(TypedQkv { q, k, v, shape }, o)
-            }
-            (TensorView::Bf16(q), TensorView::Bf16(k), TensorView::Bf16(v), OutMut::Bf16(o)) => {
-                op.run(TypedQkv { q, k, v, shape }, o)
-            }
-            (TensorView::F16(q), TensorView::F16(k), TensorView::F16(v), OutMut::F16(o)) => {
-                op.run(TypedQkv { q, k, v, shape }, o)
-            }
-            (q, _, _, out) => Err(AttnError::DType {
-                tensor: "out".into(),
-                found: out.dtype().to_string(),
-                expected: format!("{} (as in q)", q.dtype()),
-            }),
-        }
+    }
+
+    fn typed<E: Element, Op: TypedOp>(self, out: ViewMut<'_, E>, op: Op) -> Result<Op::Output> {
+        let view = |tensor: &str, view: TensorView<'a>| {
+            E::untag(view).ok_or_else(|| AttnError::DType {
+                tensor: tensor.into(),
+                found: view.dtype().to_string(),
+                expected: E::DTYPE.to_string(),
+            })
+        };
+        let (q, k, v) = (view("q", self.q)?, view("k", self.k)?, view("v", self.v)?);
+        op.run(TypedQkv { q, k, v, shape: self.shape }, out)
     }
 }
 
@@ -239,20 +240,8 @@ impl OutMut<'_> {
     }
 }
 
-impl<'a> From<ViewMut<'a, f32>> for OutMut<'a> {
-    fn from(v: ViewMut<'a, f32>) -> Self {
-        Self::F32(v)
-    }
-}
-
-impl<'a> From<ViewMut<'a, bf16>> for OutMut<'a> {
-    fn from(v: ViewMut<'a, bf16>) -> Self {
-        Self::Bf16(v)
-    }
-}
-
-impl<'a> From<ViewMut<'a, f16>> for OutMut<'a> {
-    fn from(v: ViewMut<'a, f16>) -> Self {
-        Self::F16(v)
+impl<'a, E: Element> From<ViewMut<'a, E>> for OutMut<'a> {
+    fn from(view: ViewMut<'a, E>) -> Self {
+        E::tag_out(view)
     }
 }

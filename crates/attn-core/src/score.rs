@@ -37,6 +37,23 @@ impl<T: ScoreMod + ?Sized> ScoreMod for &T {
     }
 }
 
+/// `None` leaves scores alone.
+impl<C: ScoreMod> ScoreMod for Option<C> {
+    #[inline(always)]
+    fn apply(&self, score: f32, at: Pair) -> f32 {
+        self.as_ref().map_or(score, |score_mod| score_mod.apply(score, at))
+    }
+
+    fn apply_f64(&self, score: f64, at: Pair) -> f64 {
+        self.as_ref().map_or(score, |score_mod| score_mod.apply_f64(score, at))
+    }
+
+    #[inline(always)]
+    fn is_identity(&self) -> bool {
+        self.as_ref().is_none_or(ScoreMod::is_identity)
+    }
+}
+
 /// Leaves scores alone.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Unchanged;

@@ -1,1 +1,19 @@
 //! Exact softmax attention by tiles, at the machine's limit.
+//!
+//! - [`Flash`]: exact attention, the variant to call.
+//! - [`Naive`]: the same by the textbook, row by row: what to compare with.
+//! - [`engine`]: the softmax engine underneath, with any mask and score function; attn-sparse and attn-hier drive it.
+//! - [`stream`]: decoding with a key/value cache, for every variant of softmax attention.
+
+mod cache;
+pub mod engine;
+mod flash;
+mod naive;
+mod registry;
+pub mod stream;
+mod tiles;
+
+pub use flash::Flash;
+pub use naive::Naive;
+pub use registry::registry;
+pub use tiles::TileSizes;

@@ -1,0 +1,92 @@
+//! The running softmax of a panel of queries, with queries in the vector lanes.
+//!
+//! With `s` in units of `log2 e` (so that `e^s` is `2^s`), each tile of scores updates, lane by lane,
+//!
+//! ```text
+//! m'  = max(m, max_j s_j)
+//! l   <- 2^(m - m') l   + sum_j 2^(s_j - m')
+//! acc <- 2^(m - m') acc + sum_j 2^(s_j - m') v_j
+//! ```
+//!
+//! and at the end `out = acc / l`, `lse = (m + log2 l) ln 2`. The reference `m` is moved only when a tile exceeds it by
+//! more than 2^8 (lazy rescaling): until then the weights are larger than 1 but far from overflow, and nothing has to
+//! be rescaled. Sources: Milakov and Gimelshein 2018; Dao 2023 (FlashAttention-2), Algorithm 1.
+//!
+//! A lane that has seen nothing keeps `m = -inf`, `l = 0`. NaN scores give NaN weights, hence a NaN row.
+
+use crate::tiles::PANEL;
+use attn_core::simd::{Select, Simd, SimdBase, SimdMask};
+use attn_core::tile::exp2;
+
+/// How far (in powers of two) a score may exceed the reference before the sums are rescaled.
+const SLACK: f32 = 8.0;
+
+/// Running maximum and sum of the lanes of one panel.
+#[derive(Debug, Clone)]
+pub(super) struct OnlineSoftmax {
+    /// The reference `m`, in units of `log2 e`.
+    row_max: [f32; PANEL],
+    /// The running sum `l`.
+    row_sum: [f32; PANEL],
+}
+
+impl OnlineSoftmax {
+    pub(super) fn new() -> Self {
+        Self { row_max: [f32::NEG_INFINITY; PANEL], row_sum: [0.0; PANEL] }
+    }
+
+    /// Turns a tile of scores `[keys, PANEL]` into weights in place, and brings the sums and `acc [head_dim_v, PANEL]`
+    /// to the new reference. Runs over the first `lanes` lanes, rounded up to whole vectors.
+    #[inline(always)]
+    pub(super) fn absorb<S: Simd>(&mut self, simd: S, scores: &mut [f32], acc: &mut [f32], lanes: usize) {
+        let width = S::f32s::LEN;
+        let minus_inf = S::f32s::splat(simd, f32::NEG_INFINITY);
+        for lane in (0..lanes).step_by(width) {
+            let column = |row: &[f32]| S::f32s::from_slice(simd, &row[lane..lane + width]);
+            let rows = || scores.as_chunks::<PANEL>().0.iter();
+
+            // Four running maxima: one alone would wait for itself.
+            let mut maxima = [minus_inf; 4];
+            for (at, row) in rows().enumerate() {
+                maxima[at % 4] = maxima[at % 4].max(column(row));
+            }
+            let tile_max = maxima[0].max(maxima[1]).max(maxima[2].max(maxima[3]));
+
+            let old = column(&self.row_max);
+            if tile_max.simd_gt(old + SLACK).any_true() {
+                let new = old.max(tile_max);
+                let factor = exp2(simd, old - finite(simd, new));
+                (column(&self.row_sum) * factor).store_slice(&mut self.row_sum[lane..lane + width]);
+                for row in acc.as_chunks_mut::<PANEL>().0 {
+                    (column(row) * factor).store_slice(&mut row[lane..lane + width]);
+                }
+                new.store_slice(&mut self.row_max[lane..lane + width]);
+            }
+
+            let reference = finite(simd, column(&self.row_max));
+            let mut sum = S::f32s::splat(simd, 0.0);
+            for row in scores.as_chunks_mut::<PANEL>().0 {
+                let weight = exp2(simd, column(row) - reference);
+                weight.store_slice(&mut row[lane..lane + width]);
+                sum = sum + weight;
+            }
+            (column(&self.row_sum) + sum).store_slice(&mut self.row_sum[lane..lane + width]);
+        }
+    }
+
+    /// What `acc` of a lane is divided by; 0 for a lane that has seen nothing.
+    pub(super) fn sum(&self, lane: usize) -> f32 {
+        self.row_sum[lane]
+    }
+
+    /// The natural log-sum-exp of a lane; -inf for one that has seen nothing.
+    pub(super) fn lse(&self, lane: usize) -> f32 {
+        (self.row_max[lane] + self.row_sum[lane].log2()) * std::f32::consts::LN_2
+    }
+}
+
+/// -inf replaced by 0: the reference of lanes that have seen nothing, so that `-inf - reference` stays -inf.
+#[inline(always)]
+fn finite<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    x.simd_eq(S::f32s::splat(simd, f32::NEG_INFINITY)).select(S::f32s::splat(simd, 0.0), x)
+}

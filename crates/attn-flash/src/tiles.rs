@@ -1,0 +1,55 @@
+//! How a problem is cut: tuning, apart from what is computed.
+
+use attn_core::{AttnError, AttnShape, Result};
+
+/// Queries in the vector lanes of one panel: two vectors of AVX-512, four of AVX2, eight of NEON.
+pub(crate) const PANEL: usize = 32;
+
+/// Block sizes of the softmax engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TileSizes {
+    block_q: usize,
+    block_kv: usize,
+}
+
+impl TileSizes {
+    /// `block_q` queries a task (a multiple of 32) against `block_kv` keys at a time.
+    ///
+    /// # Errors
+    /// [`AttnError::Value`] if `block_q` is no positive multiple of 32 or `block_kv` is 0.
+    pub fn new(block_q: usize, block_kv: usize) -> Result<Self> {
+        if block_q == 0 || !block_q.is_multiple_of(PANEL) {
+            return Err(AttnError::value("block_q", block_q, "a positive multiple of 32"));
+        }
+        if block_kv == 0 {
+            return Err(AttnError::value("block_kv", block_kv, "at least 1"));
+        }
+        Ok(Self { block_q, block_kv })
+    }
+
+    /// Measured choice: longer query blocks once K and V leave the second-level cache, so that each key block is
+    /// read from memory less often.
+    pub fn auto(shape: &AttnShape) -> Self {
+        let kv_bytes = shape.n_kv * (shape.head_dim + shape.head_dim_v) * 4;
+        let block_q = if kv_bytes <= 1 << 19 { 64 } else { 256 };
+        Self { block_q, block_kv: 128 }
+    }
+
+    /// Queries of a task.
+    pub fn block_q(&self) -> usize {
+        self.block_q
+    }
+
+    /// Keys of a tile.
+    pub fn block_kv(&self) -> usize {
+        self.block_kv
+    }
+
+    /// Bytes of scratch a thread needs: transposed queries, outputs and statistics of a block, one tile of scores,
+    /// and one block of widened keys and values.
+    pub fn workspace_bytes(&self, shape: &AttnShape) -> u64 {
+        let widths = shape.head_dim + shape.head_dim_v;
+        let floats = self.block_q * (widths + 2) + self.block_kv * (PANEL + widths);
+        4 * floats as u64
+    }
+}
