@@ -201,6 +201,20 @@ impl NamedTensors {
         })
     }
 
+    /// Checks that every tensor is one of `known`: a tensor that a variant does not read is an error, never ignored.
+    ///
+    /// # Errors
+    /// [`AttnError::Unsupported`] naming the first other tensor and those that are known.
+    pub fn only(&self, variant: &str, known: &[&str]) -> Result<()> {
+        match self.0.keys().find(|name| !known.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => {
+                let known = known.join(", ");
+                Err(AttnError::unsupported(variant, format!("a tensor `{name}`; it reads: {known}")))
+            }
+        }
+    }
+
     /// The numbers of an f32 tensor.
     ///
     /// # Errors
@@ -281,8 +295,9 @@ impl NamedTensor {
 /// Runs a variant whose inputs are `q`, `k`, `v` alone: gives `o`, and `lse` where its rows are softmax rows.
 ///
 /// # Errors
-/// Those of the inputs and of the variant.
+/// Those of the inputs and of the variant; [`AttnError::Unsupported`] for any other tensor.
 pub fn run_qkv(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    tensors.only(entry.name, &["q", "k", "v"])?;
     let attention = entry.build(options)?;
     let x = tensors.qkv()?;
     let mut given = NamedTensors::default();
