@@ -14,6 +14,8 @@ use crate::{
 use candle_core::{CpuStorage, CustomOp3, DType as CandleDType, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 
+pub use candle_core;
+
 impl From<AttnError> for candle_core::Error {
     fn from(error: AttnError) -> Self {
         candle_core::Error::Msg(error.to_string()).bt()

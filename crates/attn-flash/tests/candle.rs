@@ -2,8 +2,8 @@
 #![cfg(feature = "candle")]
 
 use attn_core::candle::CandleAttention;
+use attn_core::candle::candle_core::{D, DType, Device, Result, Tensor, Var};
 use attn_flash::Flash;
-use candle_core::{D, DType, Device, Result, Tensor, Var};
 use std::sync::Arc;
 
 fn random(shape: (usize, usize, usize, usize)) -> Result<Tensor> {
@@ -94,7 +94,11 @@ fn what_cannot_be_done_is_an_error_that_says_so() -> Result<()> {
     assert!(strided.contains("contiguous"), "{strided}");
     let integers = message(Flash::full().forward_t(&x.to_dtype(DType::U32)?, &x, &x));
     assert!(integers.contains("U32"), "{integers}");
-    let no_backward = Flash::full().forward_t(Var::from_tensor(&x)?.as_tensor(), &x, &x)?.sum_all()?.backward();
-    assert!(no_backward.err().is_some_and(|e| e.to_string().contains("flash")), "gradients are not dropped silently");
+    let no_backward =
+        Flash::full().forward_t(Var::from_tensor(&x)?.as_tensor(), &x, &x)?.sum_all()?.backward();
+    assert!(
+        no_backward.err().is_some_and(|e| e.to_string().contains("flash")),
+        "gradients are not dropped silently"
+    );
     Ok(())
 }

@@ -73,7 +73,7 @@ impl Workspace {
 }
 
 /// The kernel: one block of queries of one head.
-pub(super) struct QueryBlock<'a, E, M, C> {
+pub(super) struct QueryBlock<'a, E, M: ?Sized, C: ?Sized> {
     pub(super) x: &'a TypedQkv<'a, E>,
     pub(super) spec: &'a Spec<'a, M, C>,
     pub(super) tiles: TileSizes,
@@ -108,7 +108,7 @@ impl<'a> Wide<'a> {
     }
 }
 
-impl<E: Element, M: Mask, C: ScoreMod> SimdOp for QueryBlock<'_, E, M, C> {
+impl<E: Element, M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, E, M, C> {
     type Output = ();
 
     #[inline(always)]
@@ -153,7 +153,7 @@ impl<E: Element, M: Mask, C: ScoreMod> SimdOp for QueryBlock<'_, E, M, C> {
 
 impl Panel {
     #[inline(always)]
-    fn start<S: Simd, E: Element, M: Mask, C: ScoreMod>(
+    fn start<S: Simd, E: Element, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         &mut self,
         simd: S,
         rows: Range<usize>,
@@ -186,13 +186,13 @@ struct TileScratch<'a> {
 }
 
 /// What all tiles of a block share.
-struct Tile<'a, M, C> {
+struct Tile<'a, M: ?Sized, C: ?Sized> {
     spec: &'a Spec<'a, M, C>,
     head: Head,
     shape: AttnShape,
 }
 
-impl<M: Mask, C: ScoreMod> Tile<'_, M, C> {
+impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
     /// One panel against `keys`.
     #[inline(always)]
     fn attend<S: Simd>(&self, simd: S, panel: &mut Panel, keys: Keys<'_>, scratch: TileScratch<'_>) {
@@ -329,7 +329,7 @@ fn all_finite(row: &[f32]) -> bool {
     row.iter().fold(0, |max, x| (x.to_bits() << 1).max(max)) < f32::INFINITY.to_bits() << 1
 }
 
-impl<E: Element, M, C> QueryBlock<'_, E, M, C> {
+impl<E: Element, M: ?Sized, C: ?Sized> QueryBlock<'_, E, M, C> {
     /// Divides, rounds and stores the rows; writes the log-sum-exps.
     #[inline(always)]
     fn write(&mut self, n_panels: usize) {

@@ -21,7 +21,7 @@ use block::{QueryBlock, Workspace};
 
 /// What to compute; the tensors are given beside it.
 #[derive(Debug, Clone, Copy)]
-pub struct Spec<'a, M, C> {
+pub struct Spec<'a, M: ?Sized, C: ?Sized> {
     /// Multiplies raw dot products.
     pub softmax_scale: f32,
     /// Who sees whom.
@@ -42,7 +42,7 @@ pub struct Spec<'a, M, C> {
 ///
 /// # Errors
 /// [`AttnError`] if `out`, `lse` or `key_bias` do not fit; nothing has then been written.
-pub fn attend<M: Mask, C: ScoreMod>(
+pub fn attend<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     x: Qkv<'_>,
     out: OutMut<'_>,
     lse: Option<&mut [f32]>,
@@ -51,7 +51,7 @@ pub fn attend<M: Mask, C: ScoreMod>(
     x.with_out(out, Attend { spec, lse })
 }
 
-struct Attend<'a, M, C> {
+struct Attend<'a, M: ?Sized, C: ?Sized> {
     spec: &'a Spec<'a, M, C>,
     lse: Option<&'a mut [f32]>,
 }
@@ -62,7 +62,7 @@ struct Task<'a, E> {
     lse: Option<&'a mut [f32]>,
 }
 
-impl<M: Mask, C: ScoreMod> TypedOp for Attend<'_, M, C> {
+impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> TypedOp for Attend<'_, M, C> {
     type Output = ();
 
     fn run<E: Element>(self, x: TypedQkv<'_, E>, out: ViewMut<'_, E>) -> Result<()> {
