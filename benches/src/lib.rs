@@ -1,0 +1,132 @@
+//! What the benches share: inputs, peers, and a measurement that prints its share of the machine's limit.
+//!
+//! `cargo bench -p attn-benches` runs everything; `cargo bench -p attn-benches --bench flash -- causal` a part.
+#![allow(clippy::print_stdout)] // what a bench is for
+
+use attn_core::simd::{Isa, with_isa};
+use attn_core::{AttnShape, Attention, DType, Qkv, View, ViewMut, limits};
+use candle_core::{D, Device, Result, Tensor};
+use criterion::{BenchmarkId, Criterion, Throughput};
+use std::time::{Duration, Instant};
+
+/// Inputs of one problem, f32 and contiguous, about normally distributed.
+pub struct Problem {
+    /// Sizes.
+    pub shape: AttnShape,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Problem {
+    /// Fixed pseudo-random inputs.
+    pub fn new(shape: AttnShape) -> Self {
+        let numbers = |axes: [usize; 4], mut x: u64| -> Vec<f32> {
+            let mut uniform = move || {
+                x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (x >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+            };
+            (0..axes.iter().product()).map(|_| 2.0 * (uniform() + uniform() + uniform())).collect()
+        };
+        Self { q: numbers(shape.q(), 1), k: numbers(shape.k(), 2), v: numbers(shape.v(), 3), shape }
+    }
+
+    /// The inputs as views.
+    pub fn qkv(&self) -> Qkv<'_> {
+        let view = |name, data, shape| View::contiguous(name, data, shape).expect("the buffer has this shape");
+        let s = &self.shape;
+        Qkv::new(view("q", &self.q, s.q()), view("k", &self.k, s.k()), view("v", &self.v, s.v()))
+            .expect("the shapes agree")
+    }
+
+    /// The inputs as candle tensors.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn tensors(&self) -> Result<(Tensor, Tensor, Tensor)> {
+        let tensor = |data: &[f32], shape: [usize; 4]| Tensor::from_slice(data, &shape, &Device::Cpu);
+        let s = &self.shape;
+        Ok((tensor(&self.q, s.q())?, tensor(&self.k, s.k())?, tensor(&self.v, s.v())?))
+    }
+}
+
+/// What candle users write: matmul, softmax, matmul; under `causal` with an additive mask.
+///
+/// # Errors
+/// Those of candle.
+pub fn candle_attention(q: &Tensor, k: &Tensor, v: &Tensor, causal_mask: Option<&Tensor>) -> Result<Tensor> {
+    let scores = (q.matmul(&k.t()?)? / (q.dim(D::Minus1)? as f64).sqrt())?;
+    let scores = match causal_mask {
+        Some(mask) => scores.broadcast_add(mask)?,
+        None => scores,
+    };
+    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?.matmul(v)
+}
+
+/// `(n, n)` with 0 on and below the diagonal and -inf above.
+///
+/// # Errors
+/// Those of candle.
+pub fn causal_mask(n: usize) -> Result<Tensor> {
+    let mask: Vec<f32> = (0..n * n).map(|x| if x % n <= x / n { 0.0 } else { f32::NEG_INFINITY }).collect();
+    Tensor::from_vec(mask, (n, n), &Device::Cpu)
+}
+
+/// Where and how a case runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// Threads of the rayon pool.
+    pub threads: usize,
+    /// Instruction set.
+    pub isa: Isa,
+}
+
+impl Setting {
+    /// The fastest instruction set on this many threads.
+    pub fn threads(threads: usize) -> Self {
+        Self { threads, isa: Isa::current() }
+    }
+}
+
+/// Measures one forward pass with criterion and prints its share of the FMA peak, measured before and after.
+pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem: &Problem, at: Setting) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(at.threads).build().expect("a thread pool");
+    let mut out = vec![0.0f32; problem.shape.out().iter().product()];
+    let mut once = || {
+        pool.install(|| {
+            let view = ViewMut::contiguous("out", &mut out, problem.shape.out())?;
+            with_isa(at.isa, || attention.forward(problem.qkv(), view.into()))?
+        })
+        .expect("the case is valid");
+    };
+    let flops = attention.cost(&problem.shape, DType::F32).flops;
+    let peak = || limits::fma_peak_quick(at.isa, at.threads).expect("the machine's limit");
+    let before = peak();
+    let seconds = measure(c, name, &format!("{}, {} threads", at.isa, at.threads), flops, &mut once);
+    let peak = before.max(peak());
+    let (rate, tokens) = (flops as f64 / seconds / 1e9, problem.shape.rows() as f64 / seconds);
+    println!("{name}: {rate:.1} GFLOP/s = {:.1} % of {peak:.1} ({} threads), {tokens:.3e} rows/s", 100.0 * rate / peak, at.threads);
+}
+
+/// Measures `once` with criterion; returns the median seconds of a run.
+pub fn measure(c: &mut Criterion, name: &str, setting: &str, flops: u64, once: &mut dyn FnMut()) -> f64 {
+    let mut seconds = Vec::new();
+    let mut group = c.benchmark_group(name);
+    if flops > 0 {
+        group.throughput(Throughput::Elements(flops));
+    }
+    group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
+    group.bench_function(BenchmarkId::from_parameter(setting), |b| {
+        b.iter_custom(|runs| {
+            let start = Instant::now();
+            (0..runs).for_each(|_| once());
+            let taken = start.elapsed();
+            seconds.push(taken.as_secs_f64() / runs as f64);
+            taken
+        });
+    });
+    group.finish();
+    seconds.sort_by(f64::total_cmp);
+    seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN)
+}
