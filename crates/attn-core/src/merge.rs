@@ -14,10 +14,10 @@ use crate::{AttnError, Result};
 /// The weights `(e^(a - lse), e^(b - lse))` and the merged `lse`; both weights are 0 when both parts are empty.
 #[inline]
 pub fn merge_weights(lse_a: f32, lse_b: f32) -> (f32, f32, f32) {
-    let max = lse_a.max(lse_b);
-    if max == f32::NEG_INFINITY {
-        return (0.0, 0.0, max);
+    if lse_a == f32::NEG_INFINITY && lse_b == f32::NEG_INFINITY {
+        return (0.0, 0.0, f32::NEG_INFINITY);
     }
+    let max = lse_a.max(lse_b); // ignores a NaN, which reaches the weights below
     let (a, b) = ((lse_a - max).exp(), (lse_b - max).exp());
     let sum = a + b;
     (a / sum, b / sum, max + sum.ln())
@@ -81,6 +81,14 @@ mod tests {
         let (mut out, mut lse) = (vec![9.0], vec![f32::NEG_INFINITY]);
         merge_into(&mut out, &mut lse, &[9.0], &[f32::NEG_INFINITY]).unwrap();
         assert_eq!((out[0], lse[0]), (0.0, f32::NEG_INFINITY));
+    }
+
+    #[test]
+    fn a_nan_part_is_never_lost() {
+        for (a, b) in [(f32::NAN, f32::NEG_INFINITY), (f32::NEG_INFINITY, f32::NAN), (f32::NAN, 1.0)] {
+            let (keep, add, lse) = merge_weights(a, b);
+            assert!(keep.is_nan() && add.is_nan() && lse.is_nan(), "{a} and {b}");
+        }
     }
 
     #[test]

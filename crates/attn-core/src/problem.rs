@@ -238,6 +238,15 @@ impl OutMut<'_> {
             Self::F16(_) => DType::F16,
         }
     }
+
+    /// The same output for a shorter time: what several passes write, one after the other.
+    pub fn reborrow(&mut self) -> OutMut<'_> {
+        match self {
+            Self::F32(v) => OutMut::F32(v.reborrow()),
+            Self::Bf16(v) => OutMut::Bf16(v.reborrow()),
+            Self::F16(v) => OutMut::F16(v.reborrow()),
+        }
+    }
 }
 
 impl<'a, E: Element> From<ViewMut<'a, E>> for OutMut<'a> {

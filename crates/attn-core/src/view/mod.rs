@@ -140,6 +140,11 @@ impl<'a, E: Element> ViewMut<'a, E> {
         self.shape
     }
 
+    /// The same view for a shorter time: the caller keeps its own.
+    pub fn reborrow(&mut self) -> ViewMut<'_, E> {
+        ViewMut { data: &mut *self.data, shape: self.shape, strides: self.strides }
+    }
+
     /// Cuts the view into disjoint blocks of at most `block` rows of one head each, ready to be written by
     /// different threads. Order: batch, head, row.
     pub fn into_blocks(self, block: usize) -> impl Iterator<Item = BlockMut<'a, E>> {
@@ -148,8 +153,7 @@ impl<'a, E: Element> ViewMut<'a, E> {
 
     /// Sets every element to zero.
     pub fn fill_zero(&mut self) {
-        let whole = ViewMut { data: &mut *self.data, shape: self.shape, strides: self.strides };
-        for mut block in whole.into_blocks(usize::MAX) {
+        for mut block in self.reborrow().into_blocks(usize::MAX) {
             for i in 0..block.out.len() {
                 block.out.row_mut(i).fill(E::ZERO);
             }
