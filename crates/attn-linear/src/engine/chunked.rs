@@ -1,0 +1,329 @@
+//! A chunk of tokens at a time: inside the chunk by the quadratic form, before it through the state.
+//!
+//! With `gamma = e^g`, `C` tokens `i, j = 0..C` in the chunk and `S`, `z` the state before it:
+//!
+//! ```text
+//! A_ij = gamma^(i-j) q_i . k_j   for j <= i, else 0                                  [C, C]
+//! N_i  = gamma^(i+1) S^T q_i + sum_j A_ij v_j      D_i = gamma^(i+1) q_i . z + sum_j A_ij
+//! S   <- gamma^C S + sum_j gamma^(C-1-j) k_j v_j^T     z <- gamma^C z + sum_j gamma^(C-1-j) k_j
+//! ```
+//!
+//! All powers are at most 1; `gamma^C S` is computed as `S + (gamma^C - 1) S`, which keeps slow decays exact. The four products are [`product`] with `value_dim` (or keys) in the vector lanes; `K` is
+//! transposed once, the triangle is done in blocks of [`BLOCK`] rows, so that little of its empty half is computed.
+//!
+//! Source: the chunkwise form of Sun et al. 2023 (RetNet), equation 7.
+
+use super::state::HeadState;
+use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
+use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, product, transpose};
+use attn_core::view::Rows;
+
+/// Rows of the triangle done together.
+const BLOCK: usize = MAX_LANES;
+
+/// Powers of a head's decay.
+pub(super) struct Powers {
+    /// `up[p] = gamma^p` for `p = 0..=chunk_len`.
+    up: Vec<f32>,
+    /// The same, highest power first.
+    down: Vec<f32>,
+    log_decay: f64,
+}
+
+impl Powers {
+    pub(super) fn new(chunk_len: usize) -> Self {
+        Self { up: vec![1.0; chunk_len + 1], down: vec![1.0; chunk_len + 1], log_decay: 0.0 }
+    }
+
+    /// Floats of [`Powers::new`].
+    pub(super) fn floats(chunk_len: usize) -> usize {
+        2 * (chunk_len + 1)
+    }
+
+    pub(super) fn chunk_len(&self) -> usize {
+        self.up.len() - 1
+    }
+
+    /// The powers of `e^log_decay`, in f64 so that high powers are exact too.
+    pub(super) fn set(&mut self, log_decay: f32) -> &Self {
+        self.log_decay = f64::from(log_decay);
+        for (p, up) in self.up.iter_mut().enumerate().skip(1) {
+            *up = (p as f64 * self.log_decay).exp() as f32;
+        }
+        self.down.copy_from_slice(&self.up);
+        self.down.reverse();
+        self
+    }
+
+    /// `gamma^p - 1` for `p > 0`.
+    fn loss(&self, p: usize) -> f32 {
+        (p as f64 * self.log_decay).exp_m1() as f32
+    }
+
+    /// `gamma^(p), gamma^(p-1), .., gamma^0`.
+    #[inline(always)]
+    fn falling(&self, p: usize) -> &[f32] {
+        &self.down[self.chunk_len() - p..]
+    }
+}
+
+/// A thread's buffers for one chunk.
+pub(super) struct Scratch {
+    value_dim: usize,
+    /// `K^T [key_dim, len]`, `len` rounded up to whole vectors.
+    keys: Vec<f32>,
+    /// `A [BLOCK, len]`.
+    scores: Vec<f32>,
+    /// `N [len, value_dim]`, and `D [len]`.
+    pub(super) numerators: Vec<f32>,
+    pub(super) denominators: Vec<f32>,
+}
+
+impl Scratch {
+    pub(super) fn new(len: usize, key_dim: usize, value_dim: usize) -> Self {
+        let lanes = len.next_multiple_of(MAX_LANES);
+        Self {
+            value_dim,
+            keys: vec![0.0; key_dim * lanes],
+            scores: vec![0.0; BLOCK * lanes],
+            numerators: vec![0.0; len * value_dim],
+            denominators: vec![0.0; len],
+        }
+    }
+
+    /// Floats of [`Scratch::new`].
+    pub(super) fn floats(len: usize, key_dim: usize, value_dim: usize) -> usize {
+        (key_dim + BLOCK) * len.next_multiple_of(MAX_LANES) + len * (value_dim + 1)
+    }
+
+    /// `(N_i, D_i)` of the rows last computed.
+    #[inline(always)]
+    pub(super) fn reads(&self) -> impl Iterator<Item = (&[f32], f32)> {
+        self.numerators.chunks_exact(self.value_dim).zip(self.denominators.iter().copied())
+    }
+}
+
+/// A causal chunk: reads, and writes the state.
+pub(super) struct Attend<'a> {
+    /// `[len, key_dim]`, `[len, key_dim]`, `[len, value_dim]`.
+    pub(super) q: Rows<'a, f32>,
+    pub(super) k: Rows<'a, f32>,
+    pub(super) v: Rows<'a, f32>,
+    pub(super) decay: Option<&'a Powers>,
+    pub(super) state: HeadState<'a>,
+    pub(super) scratch: &'a mut Scratch,
+}
+
+impl SimdOp for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { q, k, v, decay, mut state, scratch } = self;
+        read(simd, q, decay, &state, scratch);
+        transpose_keys(simd, k, scratch);
+        within(simd, q, v, decay, !state.z.is_empty(), scratch);
+        absorb(simd, k, v, decay, &mut state, scratch);
+    }
+}
+
+/// A chunk of keys that no query of its own reads.
+pub(super) struct Absorb<'a> {
+    pub(super) k: Rows<'a, f32>,
+    pub(super) v: Rows<'a, f32>,
+    pub(super) decay: Option<&'a Powers>,
+    pub(super) state: HeadState<'a>,
+    pub(super) scratch: &'a mut Scratch,
+}
+
+impl SimdOp for Absorb<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(mut self, simd: S) {
+        transpose_keys(simd, self.k, self.scratch);
+        absorb(simd, self.k, self.v, self.decay, &mut self.state, self.scratch);
+    }
+}
+
+/// Queries that read the same state.
+pub(super) struct Read<'a> {
+    pub(super) q: Rows<'a, f32>,
+    pub(super) state: HeadState<'a>,
+    pub(super) scratch: &'a mut Scratch,
+}
+
+impl SimdOp for Read<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        read(simd, self.q, None, &self.state, self.scratch);
+    }
+}
+
+#[inline(always)]
+fn transpose_keys<S: Simd>(simd: S, k: Rows<'_, f32>, scratch: &mut Scratch) {
+    transpose(simd, k, 1.0, &mut scratch.keys, k.len().next_multiple_of(MAX_LANES));
+}
+
+/// What the state gives: `N_i = gamma^(i+1) S^T q_i`, `D_i = gamma^(i+1) q_i . z`.
+#[inline(always)]
+fn read<S: Simd>(
+    simd: S,
+    q: Rows<'_, f32>,
+    decay: Option<&Powers>,
+    state: &HeadState<'_>,
+    scratch: &mut Scratch,
+) {
+    let (len, width) = (q.len(), scratch.value_dim);
+    product(
+        simd,
+        [len, width, q.width()],
+        Lhs { data: q.data(), row_stride: q.stride(), col_stride: 1 },
+        Rhs { data: state.s, stride: width },
+        TileMut { data: &mut scratch.numerators, stride: width },
+        Start::Zero,
+    );
+    if !state.z.is_empty() {
+        for (q, d) in q.iter().zip(&mut scratch.denominators) {
+            *d = dot(simd, q, state.z);
+        }
+    }
+    if let Some(powers) = decay {
+        let rows = scratch.numerators.chunks_exact_mut(width).zip(&mut scratch.denominators);
+        for ((row, d), &factor) in rows.zip(&powers.up[1..=len]) {
+            row.iter_mut().for_each(|x| *x *= factor);
+            *d *= factor;
+        }
+    }
+}
+
+/// What the chunk itself gives: `N_i += sum_j A_ij v_j`, `D_i += sum_j A_ij`.
+#[inline(always)]
+fn within<S: Simd>(
+    simd: S,
+    q: Rows<'_, f32>,
+    v: Rows<'_, f32>,
+    decay: Option<&Powers>,
+    normalised: bool,
+    scratch: &mut Scratch,
+) {
+    let (len, width) = (q.len(), scratch.value_dim);
+    let stride = len.next_multiple_of(MAX_LANES);
+    // A weight of 0 times a value of NaN or infinity would leak what an earlier row must not see.
+    let finite = v.iter().all(all_finite);
+    let scores = &mut scratch.scores;
+    for first in (0..len).step_by(BLOCK) {
+        let (rows, columns) = (BLOCK.min(len - first), first + BLOCK);
+        product(
+            simd,
+            [rows, columns, q.width()],
+            Lhs { data: q.slice(first..first + rows).data(), row_stride: q.stride(), col_stride: 1 },
+            Rhs { data: &scratch.keys, stride },
+            TileMut { data: scores, stride },
+            Start::Zero,
+        );
+        for (i, row) in (first..).zip(scores.chunks_exact_mut(stride).take(rows)) {
+            let (seen, hidden) = row[..columns].split_at_mut(i + 1);
+            hidden.fill(0.0);
+            if let Some(powers) = decay {
+                seen.iter_mut().zip(powers.falling(i)).for_each(|(a, power)| *a *= power);
+            }
+            if normalised {
+                scratch.denominators[i] += sum(simd, &row[..columns]);
+            }
+        }
+        let mut add = |rows: std::ops::Range<usize>, keys: usize| {
+            product(
+                simd,
+                [rows.len(), width, keys],
+                Lhs { data: &scores[(rows.start - first) * stride..], row_stride: stride, col_stride: 1 },
+                Rhs { data: v.data(), stride: v.stride() },
+                TileMut { data: &mut scratch.numerators[rows.start * width..], stride: width },
+                Start::Keep,
+            );
+        };
+        if finite {
+            add(first..first + rows, columns.min(len));
+        } else {
+            (first..first + rows).for_each(|i| add(i..i + 1, i + 1));
+        }
+    }
+}
+
+/// `S <- gamma^C S + sum_j gamma^(C-1-j) k_j v_j^T`, and `z` likewise; `scratch.keys` is `K^T`.
+#[inline(always)]
+fn absorb<S: Simd>(
+    simd: S,
+    k: Rows<'_, f32>,
+    v: Rows<'_, f32>,
+    decay: Option<&Powers>,
+    state: &mut HeadState<'_>,
+    scratch: &mut Scratch,
+) {
+    let (len, width) = (k.len(), scratch.value_dim);
+    let stride = len.next_multiple_of(MAX_LANES);
+    if let Some(powers) = decay {
+        let loss = powers.loss(len);
+        state.s.iter_mut().for_each(|s| *s += loss * *s);
+        state.z.iter_mut().for_each(|z| *z += loss * *z);
+        for row in scratch.keys.chunks_exact_mut(stride).take(k.width()) {
+            row.iter_mut().zip(powers.falling(len - 1)).for_each(|(x, power)| *x *= power);
+        }
+    }
+    if !state.z.is_empty() {
+        for (z, row) in state.z.iter_mut().zip(scratch.keys.chunks_exact(stride)) {
+            *z += sum(simd, row);
+        }
+    }
+    product(
+        simd,
+        [k.width(), width, len],
+        Lhs { data: &scratch.keys, row_stride: stride, col_stride: 1 },
+        Rhs { data: v.data(), stride: v.stride() },
+        TileMut { data: state.s, stride: width },
+        Start::Keep,
+    );
+}
+
+#[inline(always)]
+pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let (mut a, mut b) = (a.chunks_exact(S::f32s::LEN), b.chunks_exact(S::f32s::LEN));
+    let mut lanes = S::f32s::splat(simd, 0.0);
+    for (a, b) in a.by_ref().zip(b.by_ref()) {
+        lanes = S::f32s::from_slice(simd, a).mul_add(S::f32s::from_slice(simd, b), lanes);
+    }
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    across(simd, lanes) + rest
+}
+
+/// The sum of whole vectors.
+#[inline(always)]
+fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    let lanes = x
+        .chunks_exact(S::f32s::LEN)
+        .fold(S::f32s::splat(simd, 0.0), |sum, x| sum + S::f32s::from_slice(simd, x));
+    across(simd, lanes)
+}
+
+/// The sum over the lanes, halving them.
+#[inline(always)]
+fn across<S: Simd>(_: S, x: S::f32s) -> f32 {
+    let mut lanes = [0.0f32; MAX_LANES];
+    x.store_slice(&mut lanes[..S::f32s::LEN]);
+    let mut half = S::f32s::LEN / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+#[inline(always)]
+fn all_finite(row: &[f32]) -> bool {
+    // Without the sign, bit patterns order like the numbers; an integer maximum runs in vectors.
+    row.iter().fold(0, |max, x| (x.to_bits() << 1).max(max)) < f32::INFINITY.to_bits() << 1
+}

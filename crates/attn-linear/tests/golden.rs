@@ -1,0 +1,87 @@
+//! The registry against vectors computed by other people's packages.
+
+use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, find};
+use attn_linear::registry;
+use attn_testkit::compare::compare;
+use attn_testkit::golden::{GoldenCase, load_dir};
+
+fn cases(variant: &str) -> Vec<GoldenCase> {
+    let all = load_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata")).unwrap();
+    all.into_iter().filter(|case| case.variant == variant).collect()
+}
+
+fn floats(tensor: &NamedTensor) -> &[f32] {
+    let TensorData::F32(data) = &tensor.data else { panic!("not f32") };
+    data
+}
+
+/// Runs a case and compares every output it stores; `state_unit` is what the file's states are multiplied by.
+fn check(case: &GoldenCase, options: &Options, state_unit: f32) {
+    let ours = [("s0", "initial_state"), ("z0", "initial_normaliser"), ("log_gamma", "log_decay")];
+    let mut tensors = NamedTensors::default();
+    for (name, tensor) in &case.inputs.0 {
+        let name = ours.iter().find(|(theirs, _)| theirs == name).map_or(name.as_str(), |(_, ours)| ours);
+        let unit = if name == "initial_state" { state_unit } else { 1.0 };
+        let data = floats(tensor).iter().map(|x| x / unit).collect();
+        tensors.0.insert(name.into(), NamedTensor::f32(name, &tensor.shape, data).unwrap());
+    }
+    let got = find(&registry(), &case.variant).unwrap().run(options, &tensors).unwrap();
+    for (name, want) in &case.outputs.0 {
+        let got = got.get(name).unwrap_or_else(|| panic!("{}: no output `{name}`", case.case));
+        assert_eq!(got.shape, want.shape, "{}: {name}", case.case);
+        let unit = if name == "sT" { state_unit } else { 1.0 };
+        let got: Vec<f32> = floats(got).iter().map(|x| x * unit).collect();
+        let want: Vec<f64> = floats(want).iter().map(|x| f64::from(*x)).collect();
+        let tol = case.tolerance_for(&format!("out.{name}")).expect("outputs have a tolerance");
+        compare(&got, &want, tol).unwrap_or_else(|e| panic!("{} {} {name}: {e}", case.variant, case.case));
+    }
+}
+
+/// The file's options that have the same name and meaning here.
+fn options(case: &GoldenCase, names: &[&str]) -> Options {
+    names.iter().fold(Options::new(), |options, name| options.with(name, &case.options[*name]))
+}
+
+#[test]
+fn linear_equals_flash_linear_attention() {
+    let cases = cases("linear");
+    assert_eq!(cases.len(), 5);
+    for case in cases {
+        check(&case, &options(&case, &["causal", "scale"]), 1.0);
+    }
+}
+
+#[test]
+fn linear_elu_equals_flash_linear_attention_and_performer() {
+    let cases = cases("linear-elu");
+    assert_eq!(cases.len(), 8);
+    for case in cases {
+        check(&case, &options(&case, &["causal", "scale", "eps"]), 1.0);
+    }
+}
+
+#[test]
+fn retnet_equals_flash_linear_attention() {
+    let cases: Vec<_> = cases("retnet").into_iter().filter(|c| c.case.starts_with("fla")).collect();
+    assert_eq!(cases.len(), 3);
+    for case in cases {
+        check(&case, &options(&case, &["scale"]), 1.0);
+    }
+}
+
+#[test]
+fn retnet_equals_yet_another_retnet() {
+    let cases: Vec<_> = cases("retnet").into_iter().filter(|c| !c.case.starts_with("fla")).collect();
+    assert_eq!(cases.len(), 4);
+    for case in &cases {
+        let scale = case.options["scale"].as_f64().unwrap() as f32;
+        check(case, &options(case, &["scale"]), scale);
+    }
+    // The decays in these files are those of the option `gammas=torchscale`.
+    for case in cases.iter().filter(|c| c.case.starts_with("rec")) {
+        let given = floats(case.inputs.get("log_gamma").unwrap());
+        for (want, got) in given.iter().zip(attn_linear::Gammas::Torchscale.log_decay(given.len())) {
+            assert!((want - got).abs() <= 1e-6 * want.abs(), "{}: {got} {want}", case.case);
+        }
+    }
+}
