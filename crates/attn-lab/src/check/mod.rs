@@ -1,0 +1,237 @@
+//! Golden files through the registries: what other people's code computed, compared with what ours gives.
+//!
+//! [`mapping`] is the one table from the files' names and options to ours; [`forms`] runs a case (one call, a stream, a
+//! merge of parts, the layout of another standard); this module compares and says `pass`, `fail` or `unsupported`.
+
+mod forms;
+mod layout;
+pub mod mapping;
+mod onnx;
+
+use crate::{Result, registry};
+use attn_core::AttnError;
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, TensorData};
+use attn_testkit::compare::{Mismatch, Tol, compare};
+use attn_testkit::golden::GoldenCase;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// How a file fared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Everything that was checked agrees.
+    Pass,
+    /// Something does not.
+    Fail,
+    /// No variant of ours computes this.
+    Unsupported,
+}
+
+/// One file's line.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Checked {
+    /// The file.
+    pub file: PathBuf,
+    /// Its family, in the file's words.
+    pub family: String,
+    /// Its variant, in the file's words.
+    pub variant: String,
+    /// Its case.
+    pub case: String,
+    /// The verdict.
+    pub status: Status,
+    /// Our variant, where there is one.
+    pub ours: Option<String>,
+    /// Why it failed or is unsupported.
+    pub reason: Option<String>,
+    /// Tensors that were compared and agree.
+    pub checked: Vec<String>,
+    /// Tensors of the file that were not compared.
+    pub unchecked: Vec<String>,
+    /// Why they were not.
+    pub unchecked_because: Option<String>,
+    /// The largest disagreement.
+    pub failure: Option<Failure>,
+}
+
+/// The element of a tensor that is furthest beyond its tolerance.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Failure {
+    /// The tensor, as the file calls it, and how it was computed.
+    pub tensor: String,
+    /// Its index.
+    pub place: Vec<usize>,
+    /// What we computed.
+    pub got: f64,
+    /// What the file holds.
+    pub want: f64,
+    /// The absolute difference.
+    pub error: f64,
+    /// The largest difference allowed there.
+    pub allowed: f64,
+    /// The file's tolerance.
+    pub tolerance: String,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { tensor, place, got, want, error, allowed, tolerance } = self;
+        write!(
+            f,
+            "{tensor}: error {error:.3e} at {place:?} (got {got:e}, want {want:e}), allowed {allowed:.3e}; \
+             tolerance {tolerance}"
+        )
+    }
+}
+
+impl Checked {
+    fn new(case: &GoldenCase) -> Self {
+        Self {
+            file: case.path.clone(),
+            family: case.family.to_string(),
+            variant: case.variant.clone(),
+            case: case.case.clone(),
+            status: Status::Unsupported,
+            ours: None,
+            reason: None,
+            checked: Vec::new(),
+            unchecked: Vec::new(),
+            unchecked_because: None,
+            failure: None,
+        }
+    }
+
+    fn ended(self, status: Status, reason: impl ToString) -> Self {
+        Self { status, reason: Some(reason.to_string()), ..self }
+    }
+}
+
+/// Runs one case and compares everything that it holds and we compute.
+///
+/// # Errors
+/// Never for a case that our variants refuse: that is a verdict. [`crate::LabError`] for a broken registry.
+pub fn check(case: &GoldenCase) -> Result<Checked> {
+    let line = Checked::new(case);
+    let plan = match mapping::plan(case) {
+        Ok(plan) => plan,
+        Err(why) => return Ok(line.ended(Status::Unsupported, why)),
+    };
+    let Some(entry) = registry::all().into_iter().find(|entry| entry.name == plan.ours) else {
+        let why = format!("no variant `{}` in this build", plan.ours);
+        return Ok(line.ended(Status::Unsupported, why));
+    };
+    let line = Checked { ours: Some(entry.name.to_string()), ..line };
+    Ok(match forms::run(&entry, &plan, case) {
+        Ok(results) => judge(line, &entry, &plan, case, &results),
+        Err(e @ AttnError::Unsupported { .. }) => line.ended(Status::Unsupported, e),
+        Err(e) => line.ended(Status::Fail, format!("refused: {e}")),
+    })
+}
+
+/// One way in which a case was computed; its label is empty for the plain call.
+struct Computed {
+    label: &'static str,
+    tensors: NamedTensors,
+}
+
+fn judge(
+    mut line: Checked,
+    entry: &Entry,
+    plan: &mapping::Plan,
+    case: &GoldenCase,
+    results: &[Computed],
+) -> Checked {
+    let mut worst: Option<(f64, Failure)> = None;
+    for (name, want) in &case.outputs.0 {
+        let ours = plan.output_name(name);
+        let full = format!("out.{name}");
+        let mut compared = false;
+        for computed in results {
+            let Some(got) = computed.tensors.get(ours) else { continue };
+            let tol = case.tolerance_for(&full).unwrap_or(Tol::EXACT);
+            let label =
+                if computed.label.is_empty() { full.clone() } else { format!("{full} ({})", computed.label) };
+            compared = true;
+            match compare_tensors(&label, got, want, tol) {
+                Ok(()) => line.checked.push(label),
+                Err((badness, failure)) => {
+                    if worst.as_ref().is_none_or(|(most, _)| badness > *most) {
+                        worst = Some((badness, failure));
+                    }
+                }
+            }
+        }
+        if !compared {
+            line.unchecked.push(full);
+        }
+    }
+    let gradients = case.grads.0.keys().map(|name| format!("grad.{name}"));
+    let outputs_unchecked = !line.unchecked.is_empty();
+    line.unchecked.extend(gradients);
+    line.unchecked_because = match (outputs_unchecked, case.grads.0.is_empty()) {
+        (false, true) => None,
+        (true, true) => Some(format!("{} does not return them", entry.name)),
+        (false, false) => Some(format!("{} has no backward", entry.name)),
+        (true, false) => Some(format!("{} has no backward and does not return the others", entry.name)),
+    };
+    if let Some((_, failure)) = worst {
+        line.reason = Some(failure.to_string());
+        line.failure = Some(failure);
+        line.status = Status::Fail;
+    } else if line.checked.is_empty() {
+        line = line.ended(Status::Unsupported, "no tensor of the file is one that we return");
+    } else {
+        line.status = Status::Pass;
+    }
+    line
+}
+
+/// How bad, and where.
+type Disagreement = (f64, Failure);
+
+fn compare_tensors(
+    label: &str,
+    got: &NamedTensor,
+    want: &NamedTensor,
+    tol: Tol,
+) -> std::result::Result<(), Disagreement> {
+    let failure = |place, got, want, error, allowed| Failure {
+        tensor: label.into(),
+        place,
+        got,
+        want,
+        error,
+        allowed,
+        tolerance: tol.to_string(),
+    };
+    if got.shape != want.shape {
+        let label = format!("{label}: shape {:?}, wanted {:?}", got.shape, want.shape);
+        let failure = failure(Vec::new(), f64::NAN, f64::NAN, f64::INFINITY, 0.0);
+        return Err((f64::INFINITY, Failure { tensor: label, ..failure }));
+    }
+    match compare(&numbers(got), &numbers(want), tol) {
+        Ok(_) => Ok(()),
+        Err(Mismatch::Elements { worst, .. }) => {
+            let error = worst.error();
+            let badness =
+                if error.is_finite() && worst.bound > 0.0 { error / worst.bound } else { f64::INFINITY };
+            let failure = failure(worst.place(&want.shape), worst.got, worst.want, error, worst.bound);
+            Err((badness, failure))
+        }
+        Err(Mismatch::Length { .. }) => {
+            Err((f64::INFINITY, failure(Vec::new(), f64::NAN, f64::NAN, f64::INFINITY, 0.0)))
+        }
+    }
+}
+
+/// All numbers of a tensor, widened.
+fn numbers(tensor: &NamedTensor) -> Vec<f64> {
+    match &tensor.data {
+        TensorData::F32(d) => d.iter().map(|x| f64::from(*x)).collect(),
+        TensorData::Bf16(d) => d.iter().map(|x| x.to_f64()).collect(),
+        TensorData::F16(d) => d.iter().map(|x| x.to_f64()).collect(),
+        TensorData::I32(d) => d.iter().map(|x| f64::from(*x)).collect(),
+        TensorData::U8(d) => d.iter().map(|x| f64::from(*x)).collect(),
+    }
+}

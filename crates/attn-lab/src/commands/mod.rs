@@ -1,0 +1,7 @@
+//! One file a subcommand.
+
+pub mod bench;
+pub mod check;
+pub mod limits;
+pub mod list;
+pub mod run;
