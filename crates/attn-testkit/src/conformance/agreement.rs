@@ -13,7 +13,9 @@ use rand_chacha::ChaCha8Rng;
 
 /// Forward agrees with the definition within `max_error`, on edge shapes and on random ones.
 pub(super) fn definition(v: &Subject<'_>) -> Outcome {
-    let shapes = edge_shapes(&v.profile).into_iter().chain(random_shapes(v));
+    // The last one goes beyond the usual default windows and tiles.
+    let long = AttnShape::square(1, 600, 8);
+    let shapes = edge_shapes(&v.profile).into_iter().chain(random_shapes(v)).chain([long]);
     for (seed, shape) in shapes.enumerate() {
         let problem = Problem::normal(shape, seed as u64);
         let want = v.definition(&problem)?.out;

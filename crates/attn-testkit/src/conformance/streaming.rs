@@ -8,11 +8,9 @@ use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-const N: usize = 150;
-
 /// Appended in any pieces, a sequence gives what its definition gives for the whole.
 pub(super) fn streaming(v: &Subject<'_>) -> Outcome {
-    let shape = AttnShape { batch: 2, head_dim_v: 7, ..AttnShape::square(2, N, 16) };
+    let shape = AttnShape { batch: 2, head_dim_v: 7, ..AttnShape::square(2, 150, 16) };
     let grouped = AttnShape { n_heads_kv: 1, ..shape };
     for dtype in v.profile.dtypes {
         match dtype {
@@ -21,30 +19,45 @@ pub(super) fn streaming(v: &Subject<'_>) -> Outcome {
             DType::F16 => check::<f16>(v, shape)?,
         }
     }
-    if v.profile.grouped_heads { check::<f32>(v, grouped) } else { Ok(()) }
+    if v.profile.grouped_heads {
+        check::<f32>(v, grouped)?;
+    }
+    // Long enough that default windows have let positions go.
+    run::<f32>(v, AttnShape::square(1, 600, 8), &[("in random pieces", random_pieces(600))])
+}
+
+/// Pieces of 1 to 39 positions that sum to `n`, with empty ones between them, which change nothing.
+fn random_pieces(n: usize) -> Vec<usize> {
+    let mut rng = ChaCha8Rng::seed_from_u64(14);
+    let (mut pieces, mut rest) = (vec![0], n);
+    while rest > 0 {
+        let piece = rng.random_range(1..40).min(rest);
+        pieces.extend([piece, 0]);
+        rest -= piece;
+    }
+    pieces
 }
 
 fn check<E: Element>(v: &Subject<'_>, shape: AttnShape) -> Outcome {
-    let mut rng = ChaCha8Rng::seed_from_u64(14);
-    let mut random_pieces = vec![0];
-    while random_pieces.iter().sum::<usize>() < N {
-        let rest = N - random_pieces.iter().sum::<usize>();
-        random_pieces.push(rng.random_range(1..40).min(rest));
-        random_pieces.push(0); // an empty piece changes nothing
-    }
+    let n = shape.n_q;
     let cuts = [
-        ("at once", vec![N]),
-        ("token by token", vec![1; N]),
-        ("in random pieces", random_pieces),
-        ("as a prompt of 64 and tokens", [vec![64], vec![1; N - 64]].concat()),
-        ("in two halves", vec![N / 2, N - N / 2]),
+        ("at once", vec![n]),
+        ("token by token", vec![1; n]),
+        ("in random pieces", random_pieces(n)),
+        ("as a prompt of 64 and tokens", [vec![64], vec![1; n - 64]].concat()),
+        ("in two halves", vec![n / 2, n - n / 2]),
     ];
+    run::<E>(v, shape, &cuts)
+}
+
+/// Appends a sequence in every way of `cuts`: a name and the lengths of the pieces.
+fn run<E: Element>(v: &Subject<'_>, shape: AttnShape, cuts: &[(&str, Vec<usize>)]) -> Outcome {
     let problem = Problem::normal(shape, 15);
     let want = v.definition_stored::<E>(&problem)?.out;
     let stored = problem.store::<E>(Layout::LengthFirst);
     for (how, pieces) in cuts {
         let got =
-            stream(v, &stored, shape, &pieces).map_err(|e| format!("appended {how}: {e}; {}", at(&shape)))?;
+            stream(v, &stored, shape, pieces).map_err(|e| format!("appended {how}: {e}; {}", at(&shape)))?;
         let what = format!("{} out, appended {how}", E::DTYPE);
         agree(&what, &shape, &got, &want, tolerance::output(&v.profile, E::DTYPE))?;
     }
