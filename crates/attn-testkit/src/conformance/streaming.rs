@@ -74,7 +74,7 @@ fn stream<E: Element>(
     let x = stored.qkv().map_err(text)?;
     let streaming = v.attention.as_streaming().ok_or("as_streaming gave nothing")?;
     let mut state = streaming.start(StreamShape::of(&x)).map_err(text)?;
-    if !state.is_empty() || state.len() != 0 {
+    if (state.len(), state.is_empty()) != (0, true) {
         return Err(format!("a new stream says it holds {} positions", state.len()));
     }
     let [batch, heads, n, width] = shape.out();

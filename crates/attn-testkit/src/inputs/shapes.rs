@@ -82,7 +82,8 @@ mod tests {
         for length in LENGTHS {
             assert!(drawn.iter().any(|s| s.n_q == length), "no n_q of {length}");
         }
-        let kinds: [(&str, fn(&AttnShape) -> bool); 5] = [
+        type Kind = (&'static str, fn(&AttnShape) -> bool);
+        let kinds: [Kind; 5] = [
             ("grouped heads", |s| s.n_heads_q > s.n_heads_kv),
             ("longer keys", |s| s.n_kv > s.n_q),
             ("longer queries", |s| s.n_q > s.n_kv),

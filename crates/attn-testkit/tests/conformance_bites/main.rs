@@ -47,9 +47,12 @@ fn configurations() -> [Options; 2] {
     [Options::new(), Options::new().with("causal", true)]
 }
 
+/// One configuration, to be quick: causal makes every promise but one about the order of keys.
 fn report_with(fault: Fault) -> Report {
+    let [full, causal] = configurations();
+    let needs_full = matches!(fault, Fault::ScoresKnowPositions | Fault::DefaultsDiffer);
     FAULT.set(fault);
-    let report = report(&ENTRY, &configurations());
+    let report = report(&ENTRY, &[if needs_full { full } else { causal }]);
     FAULT.set(Fault::None);
     report
 }
@@ -101,17 +104,25 @@ fn a_correct_variant_passes() {
 
 #[test]
 fn every_fault_is_caught_by_its_promise() {
-    for (fault, promises) in FAULTS {
-        let report = report_with(fault);
-        for promise in promises {
-            assert!(report.broken().any(|f| f.promise == *promise), "{fault:?} keeps `{promise}`:\n{report}");
+    let check = |faults: &[(Fault, &[&str])]| {
+        for (fault, promises) in faults {
+            let report = report_with(*fault);
+            for promise in *promises {
+                let caught = report.broken().any(|f| f.promise == *promise);
+                assert!(caught, "{fault:?} keeps `{promise}`:\n{report}");
+            }
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for faults in FAULTS.chunks(FAULTS.len().div_ceil(4)) {
+            scope.spawn(move || check(faults));
+        }
+    });
 }
 
 #[test]
 fn every_promise_is_broken_by_some_fault() {
-    let made: BTreeSet<_> = report_with(Fault::None).findings.iter().map(|f| f.promise).collect();
+    let made: BTreeSet<_> = report(&ENTRY, &configurations()).findings.iter().map(|f| f.promise).collect();
     let broken: BTreeSet<_> =
         FAULTS.iter().flat_map(|(_, promises)| promises.iter().copied()).chain(["builds"]).collect();
     assert_eq!(made, broken);
