@@ -156,6 +156,19 @@ pub enum TensorData {
     U8(Vec<u8>),
 }
 
+impl TensorData {
+    /// The numbers as f64.
+    pub fn to_f64(&self) -> Vec<f64> {
+        match self {
+            Self::F32(data) => data.iter().map(|x| f64::from(*x)).collect(),
+            Self::Bf16(data) => data.iter().map(|x| x.to_f64()).collect(),
+            Self::F16(data) => data.iter().map(|x| x.to_f64()).collect(),
+            Self::I32(data) => data.iter().map(|x| f64::from(*x)).collect(),
+            Self::U8(data) => data.iter().map(|x| f64::from(*x)).collect(),
+        }
+    }
+}
+
 /// A tensor with its shape, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedTensor {

@@ -82,6 +82,7 @@ fn flash(options: &Options) -> Result<Flash> {
 /// `q`, `k`, `v` and, where given, `mask` (booleans as u8, true = attend), `bias` (f32) and `alibi_slopes` (one a query
 /// head); `mask` and `bias` broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right.
 fn run_flash(_: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    tensors.only("flash", &["q", "k", "v", "mask", "bias", "alibi_slopes"])?;
     let flash = flash(options)?;
     let x = tensors.qkv()?;
     let shape = x.shape();

@@ -128,7 +128,7 @@ impl<P: Pattern> Streaming for SparseAttention<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{SinkWindow, SlidingWindow};
+    use crate::{ChunkedCausal, SinkWindow, SlidingWindow};
     use attn_core::mask::Head;
 
     fn check<P: Pattern + std::fmt::Debug>(pattern: P) {
@@ -151,6 +151,9 @@ mod tests {
         }
         for (n_sinks, window) in [(0, 1), (4, 1), (4, 3), (2, 100), (100, 2)] {
             check(SinkWindow { n_sinks, window });
+        }
+        for chunk_len in [1, 3, 8, 100] {
+            check(ChunkedCausal { chunk_len });
         }
     }
 }

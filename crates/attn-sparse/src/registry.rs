@@ -1,6 +1,6 @@
 //! The sparse variants by name.
 
-use crate::{Pattern, SinkWindow, SlidingWindow, SparseAttention};
+use crate::{ChunkedCausal, Pattern, SinkWindow, SlidingWindow, SparseAttention};
 use attn_core::registry::{Entry, OptionSpec, Options, run_qkv};
 use attn_core::{Attention, AttnError, Family, Result};
 
@@ -59,8 +59,21 @@ pub fn registry() -> Vec<Entry> {
                 }
                 build(
                     options,
-                    SinkWindow { n_sinks: options.get_or("n_sinks", 4)?, window: window(options)? },
+                    SinkWindow {
+                        n_sinks: options.get_or("n_sinks", 4)?,
+                        window: at_least_1(options, "window")?,
+                    },
                 )
+            },
+            runner: run_qkv,
+        },
+        Entry {
+            name: ChunkedCausal::NAME,
+            family: Family::Sparse,
+            summary: "Keys of the query's own chunk, causal (Llama 4's local layers, Meta 2025)",
+            options: &[OptionSpec { name: "chunk_len", default: "512", help: "positions of a chunk" }, SCALE],
+            constructor: |options| {
+                build(options, ChunkedCausal { chunk_len: at_least_1(options, "chunk_len")? })
             },
             runner: run_qkv,
         },
@@ -71,15 +84,16 @@ fn build<P: Pattern>(options: &Options, pattern: P) -> Result<Box<dyn Attention>
     Ok(Box::new(SparseAttention { pattern, softmax_scale: options.get("scale")? }))
 }
 
-fn window(options: &Options) -> Result<usize> {
-    match options.get_or("window", 512)? {
-        0 => Err(AttnError::value("option `window`", 0, "at least 1: a query's own key")),
-        window => Ok(window),
+/// A length with the default 512; 0 would hide even a query's own key.
+fn at_least_1(options: &Options, name: &str) -> Result<usize> {
+    match options.get_or(name, 512)? {
+        0 => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1: a query's own key")),
+        length => Ok(length),
     }
 }
 
 fn sliding_window(options: &Options) -> Result<SlidingWindow> {
-    let (causal, side) = (options.get_or("causal", false)?, window(options)? - 1);
+    let (causal, side) = (options.get_or("causal", false)?, at_least_1(options, "window")? - 1);
     let right = options.get("window_right")?;
     if causal && right.is_some_and(|right: usize| right > 0) {
         return Err(AttnError::value("option `window_right`", right.unwrap_or(0), "0 with `causal=true`"));

@@ -22,7 +22,8 @@ use attn_flash::stream::Kept;
 /// let itself = SparseAttention::new(SlidingWindow::causal(1));
 /// let qkv = Qkv::new(view("q")?, view("k")?, view("v")?)?;
 /// itself.forward(qkv, ViewMut::contiguous("out", &mut out, [1, 1, 6, 4])?.into())?;
-/// assert_eq!(out, x, "a window of one key returns the values");
+/// let close = out.iter().zip(&x).all(|(out, x)| (out - x).abs() <= 1e-6 * x);
+/// assert!(close, "a window of one key returns the values");
 /// # Ok::<(), attn_core::AttnError>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

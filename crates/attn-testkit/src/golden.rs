@@ -15,6 +15,7 @@
 //! an f32 implementation.
 
 mod error;
+mod outputs;
 mod tensors;
 
 pub use error::GoldenError;

@@ -89,7 +89,7 @@ impl SimdOp for Sum<'_> {
         let mut sums = [S::f32s::splat(simd, 0.0); SUMS];
         for eight in self.0.chunks_exact(SUMS * S::f32s::LEN) {
             for (sum, one) in sums.iter_mut().zip(eight.chunks_exact(S::f32s::LEN)) {
-                *sum = *sum + S::f32s::from_slice(simd, one);
+                *sum += S::f32s::from_slice(simd, one);
             }
         }
         sums.iter().map(|sum| sum.as_slice().iter().sum::<f32>()).sum()

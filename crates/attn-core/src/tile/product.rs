@@ -84,8 +84,7 @@ pub fn product<S: Simd>(
     simd.vectorize(
         #[inline(always)]
         || {
-            let mut strip =
-                Strip { a: a.data.as_ptr(), a_row: a.row_stride, a_col: a.col_stride, m, k, start };
+            let strip = Strip { a: a.data.as_ptr(), a_row: a.row_stride, a_col: a.col_stride, m, k, start };
             let mut j = 0;
             let columns = |j: usize, c: &mut TileMut<'_>| Columns {
                 b: b.data[j.min(b.data.len())..].as_ptr(),
@@ -94,21 +93,24 @@ pub fn product<S: Simd>(
                 c_stride: c.stride,
             };
             let mut c = c;
-            // SAFETY (all four calls): the asserts above put A, and columns `j..j + width <= n` of B and C, inside
-            // their slices; C is borrowed mutably, so it overlaps neither A nor B.
             while j + 2 * S::f32s::LEN <= n {
+                // SAFETY: the asserts above put A, and columns `j..j + width <= n` of B and C, inside their slices; C is
+                // borrowed mutably, so it overlaps neither A nor B.
                 unsafe { strip.run::<S, S::f32s, 2>(simd, columns(j, &mut c)) };
                 j += 2 * S::f32s::LEN;
             }
             if j + S::f32s::LEN <= n {
+                // SAFETY: as above.
                 unsafe { strip.run::<S, S::f32s, 1>(simd, columns(j, &mut c)) };
                 j += S::f32s::LEN;
             }
             if S::f32s::LEN > 8 && j + 8 <= n {
+                // SAFETY: as above.
                 unsafe { strip.run::<S, f32x8<S>, 1>(simd, columns(j, &mut c)) };
                 j += 8;
             }
             while j + 4 <= n {
+                // SAFETY: as above.
                 unsafe { strip.run::<S, f32x4<S>, 1>(simd, columns(j, &mut c)) };
                 j += 4;
             }
@@ -145,28 +147,43 @@ impl Strip {
     /// must not overlap the others.
     #[inline(always)]
     unsafe fn run<S: Simd, V: SimdFloat<S, Element = f32>, const VECTORS: usize>(
-        &mut self,
+        &self,
         simd: S,
         at: Columns,
     ) {
         let mut i = 0;
-        // SAFETY (all calls): rows `i..i + ROWS <= m`, with the caller's promise for the rest.
-        macro_rules! rows {
-            ($rows:literal) => {
-                while i + $rows <= self.m {
-                    unsafe { self.tile::<S, V, $rows, VECTORS>(simd, &at, i) };
-                    i += $rows;
-                }
-            };
-        }
         if V::LEN == 16 || (V::LEN == 4 && cfg!(target_arch = "aarch64")) {
-            rows!(8);
+            // SAFETY: the caller's promise, passed on.
+            i = unsafe { self.tiles::<S, V, 8, VECTORS>(simd, &at, i) };
         } else if V::LEN == 8 && S::f32s::LEN == 8 {
-            rows!(6);
+            // SAFETY: as above.
+            i = unsafe { self.tiles::<S, V, 6, VECTORS>(simd, &at, i) };
         }
-        rows!(4);
-        rows!(2);
-        rows!(1);
+        // SAFETY: as above.
+        i = unsafe { self.tiles::<S, V, 4, VECTORS>(simd, &at, i) };
+        // SAFETY: as above.
+        i = unsafe { self.tiles::<S, V, 2, VECTORS>(simd, &at, i) };
+        // SAFETY: as above.
+        unsafe { self.tiles::<S, V, 1, VECTORS>(simd, &at, i) };
+    }
+
+    /// As many tiles of `ROWS` rows as fit from row `i` on; returns the first row left.
+    ///
+    /// # Safety
+    /// As [`Strip::run`].
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, V: SimdFloat<S, Element = f32>, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        simd: S,
+        at: &Columns,
+        mut i: usize,
+    ) -> usize {
+        while self.m - i >= ROWS {
+            // SAFETY: rows `i..i + ROWS <= m`, with the caller's promise for the rest.
+            unsafe { self.tile::<S, V, ROWS, VECTORS>(simd, at, i) };
+            i += ROWS;
+        }
+        i
     }
 
     /// One register tile: rows `i..i + ROWS` of `VECTORS` vectors of columns.
@@ -191,10 +208,10 @@ impl Strip {
                 let b_row: [V; VECTORS] = std::array::from_fn(|v| {
                     V::from_slice(simd, std::slice::from_raw_parts(b.add(v * V::LEN), V::LEN))
                 });
-                for r in 0..ROWS {
+                for (r, row) in acc.iter_mut().enumerate() {
                     let a_rp = V::splat(simd, *a.add(r * self.a_row));
-                    for v in 0..VECTORS {
-                        acc[r][v] = a_rp.mul_add(b_row[v], acc[r][v]);
+                    for (sum, b) in row.iter_mut().zip(b_row) {
+                        *sum = a_rp.mul_add(b, *sum);
                     }
                 }
             }

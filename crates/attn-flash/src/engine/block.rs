@@ -19,7 +19,6 @@ use attn_core::simd::{Simd, SimdBase, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product, transpose, widen};
 use attn_core::view::{BlockMut, Rows};
 use attn_core::{AttnShape, Element, TypedQkv};
-use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
@@ -103,7 +102,7 @@ impl<'a> Wide<'a> {
     }
 
     #[inline(always)]
-    fn from_row(self, row: usize) -> Self {
+    fn skip(self, row: usize) -> Self {
         Self { data: &self.data[row * self.stride..], ..self }
     }
 }
@@ -140,7 +139,7 @@ impl<E: Element, M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'
                         let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
                         if !seen.is_empty() {
                             let skip = seen.start - keys.start;
-                            let keys = Keys { range: seen, k: k.from_row(skip), v: v.from_row(skip) };
+                            let keys = Keys { range: seen, k: k.skip(skip), v: v.skip(skip) };
                             tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
                         }
                     }
@@ -162,9 +161,7 @@ impl Panel {
         spec: &Spec<'_, M, C>,
         n_kv: usize,
     ) {
-        // Scores come out in units of log2 e; a score mod wants them in natural units and converts afterwards.
-        let unit = if spec.score_mod.is_identity() { LOG2_E } else { 1.0 };
-        transpose(simd, q.slice(rows.clone()), spec.softmax_scale * unit, &mut self.q, PANEL);
+        transpose(simd, q.slice(rows.clone()), spec.softmax_scale, &mut self.q, PANEL);
         self.acc.fill(0.0);
         self.softmax = OnlineSoftmax::new();
         self.spans = spec.mask.spans(head, rows.clone(), n_kv);
@@ -240,7 +237,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         }
     }
 
-    /// Score mod and key bias; leaves scores in units of log2 e.
+    /// Score mod and key bias.
     #[inline(always)]
     fn modify(&self, scores: &mut [f32], rows: &Range<usize>, keys: &Range<usize>) {
         let score_mod = self.spec.score_mod;
@@ -248,13 +245,13 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         if !score_mod.is_identity() {
             for (j, at) in tile_rows() {
                 for (i, score) in rows.clone().zip(&mut scores[at * PANEL..][..PANEL]) {
-                    *score = LOG2_E * score_mod.apply(*score, self.head.pair(i, j));
+                    *score = score_mod.apply(*score, self.head.pair(i, j));
                 }
             }
         }
         if let Some(bias) = self.spec.key_bias {
             for (j, at) in tile_rows() {
-                scores[at * PANEL..][..PANEL].iter_mut().for_each(|s| *s += bias[j] / LN_2);
+                scores[at * PANEL..][..PANEL].iter_mut().for_each(|s| *s += bias[j]);
             }
         }
     }

@@ -1,30 +1,34 @@
 //! The running softmax of a panel of queries, with queries in the vector lanes.
 //!
-//! With `s` in units of `log2 e` (so that `e^s` is `2^s`), each tile of scores updates, lane by lane,
+//! Each tile of scores updates, lane by lane,
 //!
 //! ```text
 //! m'  = max(m, max_j s_j)
-//! l   <- 2^(m - m') l   + sum_j 2^(s_j - m')
-//! acc <- 2^(m - m') acc + sum_j 2^(s_j - m') v_j
+//! l   <- e^(m - m') l   + sum_j e^(s_j - m')
+//! acc <- e^(m - m') acc + sum_j e^(s_j - m') v_j
 //! ```
 //!
-//! and at the end `out = acc / l`, `lse = (m + log2 l) ln 2`. The reference `m` is moved only when a tile exceeds it by
-//! more than 2^8 (lazy rescaling): until then the weights are larger than 1 but far from overflow, and nothing has to
-//! be rescaled. Sources: Milakov and Gimelshein 2018; Dao 2023 (FlashAttention-2), Algorithm 1.
+//! and at the end `out = acc / l`, `lse = m + ln l`. Exponentials are powers of two, `e^(s - m) = 2^(s log2 e - r)` with
+//! `r = m log2 e` rounded once: the multiply-add rounds the difference, not its parts, and whatever the rounding of `r`
+//! changes is the same for all weights of a row and comes back in `lse = (r + log2 l) ln 2`.
+//!
+//! The reference `m` is moved only when a tile exceeds it by more than `ln 2^8` (lazy rescaling): until then the weights
+//! are larger than 1 but far from overflow, and nothing has to be rescaled. Sources: Milakov and Gimelshein 2018; Dao 2023 (FlashAttention-2), Algorithm 1.
 //!
 //! A lane that has seen nothing keeps `m = -inf`, `l = 0`. NaN scores give NaN weights, hence a NaN row.
 
 use crate::tiles::PANEL;
-use attn_core::simd::{Select, Simd, SimdBase, SimdMask};
+use attn_core::simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
 use attn_core::tile::exp2;
+use std::f32::consts::{LN_2, LOG2_E};
 
-/// How far (in powers of two) a score may exceed the reference before the sums are rescaled.
-const SLACK: f32 = 8.0;
+/// How far a score may exceed the reference before the sums are rescaled: `ln 2^8`.
+const SLACK: f32 = 8.0 * LN_2;
 
 /// Running maximum and sum of the lanes of one panel.
 #[derive(Debug, Clone)]
 pub(super) struct OnlineSoftmax {
-    /// The reference `m`, in units of `log2 e`.
+    /// The reference `m`.
     row_max: [f32; PANEL],
     /// The running sum `l`.
     row_sum: [f32; PANEL],
@@ -55,7 +59,7 @@ impl OnlineSoftmax {
             let old = column(&self.row_max);
             if tile_max.simd_gt(old + SLACK).any_true() {
                 let new = old.max(tile_max);
-                let factor = exp2(simd, old - finite(simd, new));
+                let factor = exp2(simd, old * LOG2_E - reference(simd, new));
                 (column(&self.row_sum) * factor).store_slice(&mut self.row_sum[lane..lane + width]);
                 for row in acc.as_chunks_mut::<PANEL>().0 {
                     (column(row) * factor).store_slice(&mut row[lane..lane + width]);
@@ -63,12 +67,13 @@ impl OnlineSoftmax {
                 new.store_slice(&mut self.row_max[lane..lane + width]);
             }
 
-            let reference = finite(simd, column(&self.row_max));
+            let reference = reference(simd, column(&self.row_max));
+            let log2_e = S::f32s::splat(simd, LOG2_E);
             let mut sum = S::f32s::splat(simd, 0.0);
             for row in scores.as_chunks_mut::<PANEL>().0 {
-                let weight = exp2(simd, column(row) - reference);
+                let weight = exp2(simd, column(row).mul_sub(log2_e, reference));
                 weight.store_slice(&mut row[lane..lane + width]);
-                sum = sum + weight;
+                sum += weight;
             }
             (column(&self.row_sum) + sum).store_slice(&mut self.row_sum[lane..lane + width]);
         }
@@ -81,12 +86,15 @@ impl OnlineSoftmax {
 
     /// The natural log-sum-exp of a lane; -inf for one that has seen nothing.
     pub(super) fn lse(&self, lane: usize) -> f32 {
-        (self.row_max[lane] + self.row_sum[lane].log2()) * std::f32::consts::LN_2
+        // In f64: both terms may be far larger than what is left of them.
+        let (reference, sum) = (f64::from(self.row_max[lane] * LOG2_E), f64::from(self.row_sum[lane]));
+        ((reference + sum.log2()) * std::f64::consts::LN_2) as f32
     }
 }
 
-/// -inf replaced by 0: the reference of lanes that have seen nothing, so that `-inf - reference` stays -inf.
+/// `m log2 e`, and 0 for lanes that have seen nothing, so that `-inf - reference` stays -inf.
 #[inline(always)]
-fn finite<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    x.simd_eq(S::f32s::splat(simd, f32::NEG_INFINITY)).select(S::f32s::splat(simd, 0.0), x)
+fn reference<S: Simd>(simd: S, max: S::f32s) -> S::f32s {
+    let nothing = max.simd_eq(S::f32s::splat(simd, f32::NEG_INFINITY));
+    nothing.select(S::f32s::splat(simd, 0.0), max * LOG2_E)
 }
