@@ -1,4 +1,20 @@
 //! Trains the byte-level language model whose weights the repository ships.
+//!
+//! Stage 1 learns from short contexts (512, 1024, then 2048 bytes; three stretches of four from Rust sources, the
+//! others from the books); stage 2 (`--from`) continues on contexts of 4k to 32k bytes and predicts the last 2048 of
+//! each, so that the global layer learns to tell what it seeks from many thousand other keys. Both are deterministic:
+//! the same texts, options and machine give the same weights. The shipped weights were made by
+//!
+//! ```text
+//! export RAYON_NUM_THREADS=1 BOOKS="--text war_and_peace.txt --text tinyshakespeare.txt"
+//! train_lm $BOOKS --seed 1 --steps 5000 --stop-after 4200 --out 1.safetensors
+//! train_lm $BOOKS --seed 2 --steps 400 --stop-after 100 --learning-rate 4e-4 --from 1.safetensors --out 2.safetensors
+//! train_lm $BOOKS --seed 3 --steps 100 --learning-rate 6e-4 --from 2.safetensors --out bytelm.safetensors
+//! ```
+//!
+//! and `model/README.md` says what came out. Without a directory among the texts the Rust sources are those in the
+//! cargo registry. The weights are written every 100 steps. `--evaluate FILE` trains nothing and prints the table of
+//! losses of given weights.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::error::Error;
@@ -22,15 +38,24 @@ const GENERATED: &[&str] = &["libc-", "linux-raw-sys-", "r-efi-", "winapi", "win
 const MAX_FILE_BYTES: u64 = 200_000;
 /// Share of every single-file text, at its end, that is kept for evaluation.
 const HELD_OUT_SHARE: f64 = 0.05;
+/// Contexts of the second stage, each as often as the others, and the bytes predicted at the end of each.
+const LONG_CONTEXTS: &[usize] = &[4096, 8192, 16_384, 32_768];
+const LONG_TARGETS: usize = 2048;
+/// Context lengths of the table at the end.
+const GATE_LENGTHS: &[usize] = &[512, 1024, 2048, 4096, 8192, 16_384];
 
+/// `steps` sets the pace of the schedules; `stop_after` and `minutes` end the run before them.
 struct Options {
     texts: Vec<PathBuf>,
     steps: usize,
+    stop_after: usize,
     minutes: f64,
     seed: u64,
     bytes_per_step: usize,
     learning_rate: f64,
     out: PathBuf,
+    from: Option<PathBuf>,
+    evaluate: Option<PathBuf>,
 }
 
 impl Options {
@@ -38,11 +63,14 @@ impl Options {
         let mut options = Self {
             texts: Vec::new(),
             steps: 5000,
+            stop_after: usize::MAX,
             minutes: f64::INFINITY,
             seed: 0,
             bytes_per_step: 4096,
             learning_rate: 3e-3,
             out: PathBuf::from("bytelm.safetensors"),
+            from: None,
+            evaluate: None,
         };
         let mut args = std::env::args().skip(1);
         while let Some(flag) = args.next() {
@@ -50,11 +78,14 @@ impl Options {
             match flag.as_str() {
                 "--text" => options.texts.push(PathBuf::from(value)),
                 "--steps" => options.steps = value.parse()?,
+                "--stop-after" => options.stop_after = value.parse()?,
                 "--minutes" => options.minutes = value.parse()?,
                 "--seed" => options.seed = value.parse()?,
                 "--bytes-per-step" => options.bytes_per_step = value.parse()?,
                 "--learning-rate" => options.learning_rate = value.parse()?,
                 "--out" => options.out = PathBuf::from(value),
+                "--from" => options.from = Some(PathBuf::from(value)),
+                "--evaluate" => options.evaluate = Some(PathBuf::from(value)),
                 _ => return Err(format!("unknown option {flag}").into()),
             }
         }
@@ -155,15 +186,34 @@ fn clip(grads: &mut GradStore, vars: &[Var], limit: f64) -> Outcome<f64> {
     Ok(norm)
 }
 
+/// Prints the gate table for the held-out sources and for the held-out ends of the books.
+fn evaluate(model: &ByteLm, corpus: &Corpus) -> Outcome<()> {
+    let books = corpus.held_out[1..].concat();
+    for (name, text) in [("Rust sources", &corpus.held_out[0]), ("books", &books)] {
+        println!("held-out {name}\nn       exact   removed  window");
+        let lengths = GATE_LENGTHS.iter().copied().filter(|n| *n < text.len()).collect::<Vec<_>>();
+        for row in model.gate(text, &lengths)? {
+            println!("{:<7} {:.4}  {:.4}   {:.4}", row.n, row.exact_loss, row.removed_loss, row.window_loss);
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Outcome<()> {
     let options = Options::from_args()?;
     let corpus = Corpus::read(&options.texts)?;
     let sizes = |parts: &[Vec<u8>]| parts.iter().map(Vec::len).collect::<Vec<_>>();
     println!("bytes to learn from {:?}, held out {:?}", sizes(&corpus.parts), sizes(&corpus.held_out));
 
-    let config = Config::shipped();
-    let fresh = Weights::random(&config, options.seed)?;
-    let vars = fresh.iter().map(|(name, tensor)| Ok((name.to_string(), Var::from_tensor(tensor)?)));
+    if let Some(path) = &options.evaluate {
+        return evaluate(&ByteLm::load(path)?, &corpus);
+    }
+
+    let (config, start_weights) = match &options.from {
+        Some(path) => ByteLm::load(path).map(|model| (model.config().clone(), model.weights().clone()))?,
+        None => (Config::shipped(), Weights::random(&Config::shipped(), options.seed)?),
+    };
+    let vars = start_weights.iter().map(|(name, tensor)| Ok((name.to_string(), Var::from_tensor(tensor)?)));
     let vars = vars.collect::<Outcome<Vec<_>>>()?;
     let model = ByteLm::new(config, vars.iter().map(|(n, v)| (n.clone(), v.as_tensor().clone())).collect())?;
     println!("{} parameters", model.weights().count());
@@ -177,10 +227,17 @@ fn main() -> Outcome<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let start = Instant::now();
     let mut mean = 0.0;
-    for step in 0..options.steps {
-        let n = context(step as f64 / options.steps as f64);
-        let batch = (options.bytes_per_step / n).max(1);
-        let loss = model.training_loss(&corpus.draw(&mut rng, batch, n + 1), batch)?;
+    for step in 0..options.steps.min(options.stop_after) {
+        let n = match options.from {
+            Some(_) => LONG_CONTEXTS[(rng.next_u64() % LONG_CONTEXTS.len() as u64) as usize],
+            None => context(step as f64 / options.steps as f64),
+        };
+        let loss = if options.from.is_some() {
+            model.long_context_loss(&corpus.draw(&mut rng, 1, n + 1), LONG_TARGETS)?
+        } else {
+            let batch = (options.bytes_per_step / n).max(1);
+            model.training_loss(&corpus.draw(&mut rng, batch, n + 1), batch)?
+        };
         let mut grads = loss.backward()?;
         let norm = clip(&mut grads, &vars, 1.0)?;
         for optimiser in &mut optimisers {
@@ -194,12 +251,12 @@ fn main() -> Outcome<()> {
             let seconds = start.elapsed().as_secs_f64();
             println!("step {step} n {n} loss {loss:.4} mean {mean:.4} norm {norm:.2} {seconds:.0} s");
         }
-        if step % 100 == 99 || step + 1 == options.steps || out_of_time {
+        if step % 100 == 99 || step + 1 == options.steps.min(options.stop_after) || out_of_time {
             model.save(&options.out)?;
         }
         if out_of_time {
             break;
         }
     }
-    Ok(())
+    evaluate(&ByteLm::load(&options.out)?, &corpus)
 }
