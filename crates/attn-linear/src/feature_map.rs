@@ -55,6 +55,9 @@ impl SimdOp for EluPlusOneRows<'_> {
                 elu_plus_one(simd, S::f32s::from_slice(simd, from)).store_slice(to);
             }
             let (rest, to) = (from.remainder(), to.into_remainder());
+            if rest.is_empty() {
+                continue;
+            }
             let mut lanes = [0.0; MAX_LANES];
             lanes[..rest.len()].copy_from_slice(rest);
             let lanes = &mut lanes[..S::f32s::LEN];

@@ -95,7 +95,7 @@ impl Attention for LinearElu {
             cross_lengths: true,
             grouped_heads: true,
             dtypes: &DType::ALL,
-            max_error: 4e-6,
+            max_error: 2e-6,
             time: Growth::Linear,
             memory: Growth::Constant,
         }

@@ -1,7 +1,7 @@
 //! The engine's forms agree: chunked, recurrent, quadratic in f64, recurrence in f64.
 
 use attn_core::simd::{Isa, with_isa};
-use attn_core::{AttnError, AttnShape, Element, OutMut, Qkv, View, ViewMut};
+use attn_core::{AttnError, AttnShape, DType, Element, OutMut, Qkv, View, ViewMut};
 use attn_linear::engine::{Decay, Normaliser, Spec, State, naive};
 use attn_linear::feature_map::EluPlusOne;
 use attn_testkit::compare::{Tol, assert_close};
@@ -299,6 +299,26 @@ fn what_cannot_be_computed_is_refused_and_nothing_written() {
     says(refuse(&plain(), Some(&mut state)), &["state", "normaliser"]);
     let mut narrow = State::zero(plain().state_shape(&AttnShape::square(4, 4, 5)), false);
     says(refuse(&plain(), Some(&mut narrow)), &["state", "batch", "1", "2"]);
+}
+
+#[test]
+fn cost_counts_the_multiply_adds_of_the_chunked_form() {
+    for (n_q, n_kv) in [(0, 0), (1, 1), (7, 7), (64, 64), (70, 100), (100, 70)] {
+        let sizes = shape(n_q, n_kv);
+        let (key_dim, value_dim) = (sizes.head_dim as u64, sizes.head_dim_v as u64);
+        for chunk_len in [1, 7, 64, usize::MAX] {
+            let seen = n_q.min(n_kv);
+            let inside: usize = (0..seen).map(|i| 1 + i % chunk_len).sum();
+            let products = inside as u64 * (key_dim + value_dim) + (n_q + n_kv) as u64 * key_dim * value_dim;
+            let cost = Spec { chunk_len, ..plain() }.cost(&sizes, DType::F32);
+            assert_eq!(cost.flops, 2 * 8 * products, "{n_q} x {n_kv} chunk {chunk_len}");
+        }
+    }
+    // Options that `forward` refuses have no meaningful cost, but asking for it is harmless.
+    assert_eq!(
+        Spec { chunk_len: 0, ..plain() }.cost(&shape(5, 5), DType::F32).bytes_moved,
+        shape(5, 5).io_bytes(DType::F32)
+    );
 }
 
 proptest! {

@@ -8,64 +8,20 @@
 //! S   <- gamma^C S + sum_j gamma^(C-1-j) k_j v_j^T     z <- gamma^C z + sum_j gamma^(C-1-j) k_j
 //! ```
 //!
-//! All powers are at most 1; `gamma^C S` is computed as `S + (gamma^C - 1) S`, which keeps slow decays exact. The four products are [`product`] with `value_dim` (or keys) in the vector lanes; `K` is
+//! All powers are at most 1. The four products are [`product`] with `value_dim` (or keys) in the vector lanes; `K` is
 //! transposed once, the triangle is done in blocks of [`BLOCK`] rows, so that little of its empty half is computed.
 //!
 //! Source: the chunkwise form of Sun et al. 2023 (RetNet), equation 7.
 
+use super::lanes::{across, dot, sum};
+use super::powers::Powers;
 use super::state::HeadState;
-use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
+use attn_core::simd::{Simd, SimdOp};
 use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, product, transpose};
 use attn_core::view::Rows;
 
 /// Rows of the triangle done together.
 const BLOCK: usize = MAX_LANES;
-
-/// Powers of a head's decay.
-pub(super) struct Powers {
-    /// `up[p] = gamma^p` for `p = 0..=chunk_len`.
-    up: Vec<f32>,
-    /// The same, highest power first.
-    down: Vec<f32>,
-    log_decay: f64,
-}
-
-impl Powers {
-    pub(super) fn new(chunk_len: usize) -> Self {
-        Self { up: vec![1.0; chunk_len + 1], down: vec![1.0; chunk_len + 1], log_decay: 0.0 }
-    }
-
-    /// Floats of [`Powers::new`].
-    pub(super) fn floats(chunk_len: usize) -> usize {
-        2 * (chunk_len + 1)
-    }
-
-    pub(super) fn chunk_len(&self) -> usize {
-        self.up.len() - 1
-    }
-
-    /// The powers of `e^log_decay`, in f64 so that high powers are exact too.
-    pub(super) fn set(&mut self, log_decay: f32) -> &Self {
-        self.log_decay = f64::from(log_decay);
-        for (p, up) in self.up.iter_mut().enumerate().skip(1) {
-            *up = (p as f64 * self.log_decay).exp() as f32;
-        }
-        self.down.copy_from_slice(&self.up);
-        self.down.reverse();
-        self
-    }
-
-    /// `gamma^p - 1` for `p > 0`.
-    fn loss(&self, p: usize) -> f32 {
-        (p as f64 * self.log_decay).exp_m1() as f32
-    }
-
-    /// `gamma^(p), gamma^(p-1), .., gamma^0`.
-    #[inline(always)]
-    fn falling(&self, p: usize) -> &[f32] {
-        &self.down[self.chunk_len() - p..]
-    }
-}
 
 /// A thread's buffers for one chunk.
 pub(super) struct Scratch {
@@ -74,6 +30,8 @@ pub(super) struct Scratch {
     keys: Vec<f32>,
     /// `A [BLOCK, len]`.
     scores: Vec<f32>,
+    /// `[len]`: the weights of keys that do not fade.
+    ones: Vec<f32>,
     /// `N [len, value_dim]`, and `D [len]`.
     pub(super) numerators: Vec<f32>,
     pub(super) denominators: Vec<f32>,
@@ -86,6 +44,7 @@ impl Scratch {
             value_dim,
             keys: vec![0.0; key_dim * lanes],
             scores: vec![0.0; BLOCK * lanes],
+            ones: vec![1.0; len],
             numerators: vec![0.0; len * value_dim],
             denominators: vec![0.0; len],
         }
@@ -93,7 +52,7 @@ impl Scratch {
 
     /// Floats of [`Scratch::new`].
     pub(super) fn floats(len: usize, key_dim: usize, value_dim: usize) -> usize {
-        (key_dim + BLOCK) * len.next_multiple_of(MAX_LANES) + len * (value_dim + 1)
+        (key_dim + BLOCK) * len.next_multiple_of(MAX_LANES) + len * (value_dim + 2)
     }
 
     /// `(N_i, D_i)` of the rows last computed.
@@ -120,9 +79,9 @@ impl SimdOp for Attend<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { q, k, v, decay, mut state, scratch } = self;
-        read(simd, q, decay, &state, scratch);
+        read(simd, q, decay, state.s, scratch);
         transpose_keys(simd, k, scratch);
-        within(simd, q, v, decay, !state.z.is_empty(), scratch);
+        within(simd, q, v, decay, state.z, scratch);
         absorb(simd, k, v, decay, &mut state, scratch);
     }
 }
@@ -158,7 +117,11 @@ impl SimdOp for Read<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        read(simd, self.q, None, &self.state, self.scratch);
+        read(simd, self.q, None, self.state.s, self.scratch);
+        if !self.state.z.is_empty() {
+            let denominators = self.q.iter().zip(&mut self.scratch.denominators);
+            denominators.for_each(|(q, d)| *d = across(simd, dot(simd, q, self.state.z)));
+        }
     }
 }
 
@@ -167,46 +130,33 @@ fn transpose_keys<S: Simd>(simd: S, k: Rows<'_, f32>, scratch: &mut Scratch) {
     transpose(simd, k, 1.0, &mut scratch.keys, k.len().next_multiple_of(MAX_LANES));
 }
 
-/// What the state gives: `N_i = gamma^(i+1) S^T q_i`, `D_i = gamma^(i+1) q_i . z`.
+/// What the state gives: `N_i = gamma^(i+1) S^T q_i`.
 #[inline(always)]
-fn read<S: Simd>(
-    simd: S,
-    q: Rows<'_, f32>,
-    decay: Option<&Powers>,
-    state: &HeadState<'_>,
-    scratch: &mut Scratch,
-) {
+fn read<S: Simd>(simd: S, q: Rows<'_, f32>, decay: Option<&Powers>, s: &[f32], scratch: &mut Scratch) {
     let (len, width) = (q.len(), scratch.value_dim);
     product(
         simd,
         [len, width, q.width()],
         Lhs { data: q.data(), row_stride: q.stride(), col_stride: 1 },
-        Rhs { data: state.s, stride: width },
+        Rhs { data: s, stride: width },
         TileMut { data: &mut scratch.numerators, stride: width },
         Start::Zero,
     );
-    if !state.z.is_empty() {
-        for (q, d) in q.iter().zip(&mut scratch.denominators) {
-            *d = dot(simd, q, state.z);
-        }
-    }
     if let Some(powers) = decay {
-        let rows = scratch.numerators.chunks_exact_mut(width).zip(&mut scratch.denominators);
-        for ((row, d), &factor) in rows.zip(&powers.up[1..=len]) {
-            row.iter_mut().for_each(|x| *x *= factor);
-            *d *= factor;
+        for (row, &past) in scratch.numerators.chunks_exact_mut(width).zip(&powers.rising()[1..=len]) {
+            row.iter_mut().for_each(|x| *x *= past);
         }
     }
 }
 
-/// What the chunk itself gives: `N_i += sum_j A_ij v_j`, `D_i += sum_j A_ij`.
+/// What the chunk itself gives: `N_i += sum_j A_ij v_j`; and, with a normaliser, all of `D_i`.
 #[inline(always)]
 fn within<S: Simd>(
     simd: S,
     q: Rows<'_, f32>,
     v: Rows<'_, f32>,
     decay: Option<&Powers>,
-    normalised: bool,
+    z: &[f32],
     scratch: &mut Scratch,
 ) {
     let (len, width) = (q.len(), scratch.value_dim);
@@ -225,13 +175,16 @@ fn within<S: Simd>(
             Start::Zero,
         );
         for (i, row) in (first..).zip(scores.chunks_exact_mut(stride).take(rows)) {
-            let (seen, hidden) = row[..columns].split_at_mut(i + 1);
-            hidden.fill(0.0);
+            let row = &mut row[..columns];
             if let Some(powers) = decay {
-                seen.iter_mut().zip(powers.falling(i)).for_each(|(a, power)| *a *= power);
+                row.iter_mut().zip(powers.falling(i)).for_each(|(a, power)| *a *= power);
             }
-            if normalised {
-                scratch.denominators[i] += sum(simd, &row[..columns]);
+            // Not left to a power of 0: it would keep a NaN.
+            row[i + 1..].fill(0.0);
+            if !z.is_empty() {
+                let past = decay.map_or(1.0, |powers| powers.rising()[i + 1]);
+                let before = dot(simd, q.row(i), z);
+                scratch.denominators[i] = across(simd, sum(simd, row) + before * past);
             }
         }
         let mut add = |rows: std::ops::Range<usize>, keys: usize| {
@@ -273,9 +226,18 @@ fn absorb<S: Simd>(
         }
     }
     if !state.z.is_empty() {
-        for (z, row) in state.z.iter_mut().zip(scratch.keys.chunks_exact(stride)) {
-            *z += sum(simd, row);
-        }
+        product(
+            simd,
+            [1, k.width(), len],
+            Lhs {
+                data: decay.map_or(&scratch.ones, |powers| powers.falling(len - 1)),
+                row_stride: 0,
+                col_stride: 1,
+            },
+            Rhs { data: k.data(), stride: k.stride() },
+            TileMut { data: state.z, stride: k.width() },
+            Start::Keep,
+        );
     }
     product(
         simd,
@@ -285,41 +247,6 @@ fn absorb<S: Simd>(
         TileMut { data: state.s, stride: width },
         Start::Keep,
     );
-}
-
-#[inline(always)]
-pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
-    let (mut a, mut b) = (a.chunks_exact(S::f32s::LEN), b.chunks_exact(S::f32s::LEN));
-    let mut lanes = S::f32s::splat(simd, 0.0);
-    for (a, b) in a.by_ref().zip(b.by_ref()) {
-        lanes = S::f32s::from_slice(simd, a).mul_add(S::f32s::from_slice(simd, b), lanes);
-    }
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
-    across(simd, lanes) + rest
-}
-
-/// The sum of whole vectors.
-#[inline(always)]
-fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    let lanes = x
-        .chunks_exact(S::f32s::LEN)
-        .fold(S::f32s::splat(simd, 0.0), |sum, x| sum + S::f32s::from_slice(simd, x));
-    across(simd, lanes)
-}
-
-/// The sum over the lanes, halving them.
-#[inline(always)]
-fn across<S: Simd>(_: S, x: S::f32s) -> f32 {
-    let mut lanes = [0.0f32; MAX_LANES];
-    x.store_slice(&mut lanes[..S::f32s::LEN]);
-    let mut half = S::f32s::LEN / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 #[inline(always)]

@@ -1,6 +1,7 @@
 //! One head's sequence, chunk by chunk.
 
-use super::chunked::{Absorb, Attend, Powers, Read, Scratch};
+use super::chunked::{Absorb, Attend, Read, Scratch};
+use super::powers::Powers;
 use super::recurrent::Steps;
 use super::state::HeadState;
 use super::{Normaliser, Spec};

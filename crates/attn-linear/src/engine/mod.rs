@@ -7,7 +7,7 @@
 //! o_t = scale q_t^T S_t                     divided, with a normaliser, by  scale q_t . z_t + eps
 //! ```
 //!
-//! A variant is a row of options ([`Spec`]): the front end that turns inputs into features ([`FeatureMap`]), the decay
+//! A variant is a row of options ([`Spec`]): the front end that turns inputs into features ([`FeatureMap`](crate::feature_map::FeatureMap)), the decay
 //! `g` ([`Decay`]), the back end ([`Normaliser`]). The same function has three forms, which must agree:
 //!
 //! | form | work | used for |
@@ -29,7 +29,9 @@
 
 mod chunked;
 mod head;
+mod lanes;
 pub mod naive;
+mod powers;
 mod recurrent;
 mod spec;
 mod state;
@@ -52,8 +54,8 @@ impl Spec {
     /// Cost: [`Spec::cost`]. Memory: one workspace a thread, and a state a thread if none is given.
     ///
     /// # Errors
-    /// [`AttnError`] if `out` or `state` do not fit or the options contradict each other; nothing has then been
-    /// written. [`AttnError::Unsupported`] for a state together with more queries than keys under `causal`: some
+    /// [`AttnError`](attn_core::AttnError) if `out` or `state` do not fit or the options contradict each other; nothing
+    /// has then been written. [`AttnError::Unsupported`](attn_core::AttnError::Unsupported) for a state together with more queries than keys under `causal`: some
     /// queries would stand before it.
     pub fn forward(&self, x: Qkv<'_>, out: OutMut<'_>, state: Option<&mut State>) -> Result<()> {
         x.with_out(out, Forward { spec: self, state })
@@ -74,7 +76,8 @@ impl Spec {
         if !self.causal {
             return through_state;
         }
-        let (seen, chunk) = (n_q.min(n_kv), self.chunk_len as u64);
+        let seen = n_q.min(n_kv);
+        let chunk = (self.chunk_len as u64).clamp(1, seen.max(1));
         let pairs = |c: u64| c * (c + 1) / 2;
         let within = (seen / chunk) * pairs(chunk) + pairs(seen % chunk);
         through_state + 2 * within * (key_dim + value_dim)

@@ -10,7 +10,8 @@
 //! One pass over the state a token, which reads, writes and multiplies it at once; bound by memory traffic, not by
 //! arithmetic.
 
-use super::chunked::{Scratch, dot};
+use super::chunked::Scratch;
+use super::lanes::{across, dot};
 use super::state::HeadState;
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
 use attn_core::view::Rows;
@@ -50,7 +51,7 @@ impl SimdOp for Steps<'_> {
             (j..width).for_each(|j| numerators[j] = token.step_one(j));
             if !state.z.is_empty() {
                 state.z.iter_mut().zip(token.k).for_each(|(z, k)| *z += loss * *z + k);
-                *denominator = dot(simd, token.q, state.z);
+                *denominator = across(simd, dot(simd, token.q, state.z));
             }
         }
     }
