@@ -1,7 +1,7 @@
 //! Golden files are read whole, and whatever is wrong with one is said.
 
 use attn_core::Family;
-use attn_core::registry::{NamedTensor, TensorData};
+use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
 use attn_testkit::compare::Tol;
 use attn_testkit::golden::{GoldenCase, files, load_dir};
 use safetensors::{Dtype, tensor::TensorView};
@@ -68,6 +68,27 @@ fn tolerances_go_by_name_then_by_group() {
     let case = GoldenCase::parse(&file(|m| drop(m.insert("tolerance".into(), scaled.into())))).unwrap();
     assert_eq!(case.tolerance_for("out.lse"), Some(Tol::ScaledMax(2e-5)));
     assert_eq!(case.tolerance_for("grad.q"), Some(Tol::ScaledMax(1e-4)));
+}
+
+#[test]
+fn outputs_are_compared_by_name_shape_and_value() {
+    let case = GoldenCase::parse(&file(|_| ())).unwrap();
+    case.assert_outputs(&case.outputs);
+    let rejected = |edit: fn(&mut NamedTensors), reason: &str| {
+        let mut got = case.outputs.clone();
+        edit(&mut got);
+        let panic = std::panic::catch_unwind(|| case.assert_outputs(&got)).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert!(message.contains("sdpa two-keys") && message.contains(reason), "{message}");
+    };
+    let tensor = |x: f32| NamedTensor { shape: vec![1], data: TensorData::F32(vec![x]) };
+    rejected(|got| drop(got.0.remove("lse")), "missing tensor `lse`");
+    rejected(|got| got.0.get_mut("o").unwrap().shape = vec![1, 1], "o: shape");
+    for wrong in [3.01, 0.0, f32::NAN, f32::INFINITY] {
+        let mut got = case.outputs.clone();
+        got.0.insert("o".into(), tensor(wrong));
+        assert!(std::panic::catch_unwind(|| case.assert_outputs(&got)).is_err(), "{wrong} accepted for 3");
+    }
 }
 
 #[test]
