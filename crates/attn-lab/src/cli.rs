@@ -30,6 +30,8 @@ pub enum Command {
     Limits(commands::limits::LimitsCommand),
     /// Measures one case of one variant
     Bench(commands::bench::Bench),
+    /// Writes q, k and v of one layer of a language model
+    Capture(commands::capture::Capture),
 }
 
 impl Command {
@@ -44,6 +46,7 @@ impl Command {
             Self::Check(check) => check.run(),
             Self::Limits(limits) => limits.run(),
             Self::Bench(bench) => bench.run(),
+            Self::Capture(capture) => capture.run(),
         }
     }
 }

@@ -10,6 +10,9 @@ pub enum LabError {
     /// An attention call was refused.
     #[error(transparent)]
     Attn(#[from] AttnError),
+    /// A language model or its text cannot be used.
+    #[error(transparent)]
+    Lm(#[from] crate::lm::LmError),
     /// A file or folder could not be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

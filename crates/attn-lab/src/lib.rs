@@ -10,6 +10,7 @@ pub mod cli;
 pub mod commands;
 mod error;
 pub mod gauss;
+pub mod lm;
 pub mod machine;
 pub mod measure;
 pub mod memory;

@@ -48,11 +48,18 @@ pub struct Checked {
     /// Tensors that were compared and agree.
     pub checked: Vec<String>,
     /// Tensors of the file that were not compared.
-    pub unchecked: Vec<String>,
-    /// Why they were not.
-    pub unchecked_because: Option<String>,
+    pub unchecked: Vec<Unchecked>,
     /// The largest disagreement.
     pub failure: Option<Failure>,
+}
+
+/// A tensor of a file that was not compared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unchecked {
+    /// The tensor, as the file calls it.
+    pub tensor: String,
+    /// Why not.
+    pub because: String,
 }
 
 /// The element of a tensor that is furthest beyond its tolerance.
@@ -97,7 +104,6 @@ impl Checked {
             reason: None,
             checked: Vec::new(),
             unchecked: Vec::new(),
-            unchecked_because: None,
             failure: None,
         }
     }
@@ -142,10 +148,14 @@ fn judge(
     case: &GoldenCase,
     results: &[Computed],
 ) -> Checked {
-    let mut worst: Option<(f64, Failure)> = None;
+    let mut worst: Option<Disagreement> = None;
     for (name, want) in &case.outputs.0 {
-        let ours = plan.output_name(name);
         let full = format!("out.{name}");
+        if let Some(why) = mapping::departure(case, &full) {
+            line.unchecked.push(Unchecked { tensor: full, because: why.into() });
+            continue;
+        }
+        let ours = plan.output_name(name);
         let mut compared = false;
         for computed in results {
             let Some(got) = computed.tensors.get(ours) else { continue };
@@ -155,32 +165,26 @@ fn judge(
             compared = true;
             match compare_tensors(&label, got, want, tol) {
                 Ok(()) => line.checked.push(label),
-                Err((badness, failure)) => {
-                    if worst.as_ref().is_none_or(|(most, _)| badness > *most) {
-                        worst = Some((badness, failure));
-                    }
-                }
+                Err(wrong) if worst.as_ref().is_none_or(|(most, _)| wrong.0 > *most) => worst = Some(wrong),
+                Err(_) => {}
             }
         }
         if !compared {
-            line.unchecked.push(full);
+            line.unchecked
+                .push(Unchecked { tensor: full, because: format!("{} does not return it", entry.name) });
         }
     }
-    let gradients = case.grads.0.keys().map(|name| format!("grad.{name}"));
-    let outputs_unchecked = !line.unchecked.is_empty();
-    line.unchecked.extend(gradients);
-    line.unchecked_because = match (outputs_unchecked, case.grads.0.is_empty()) {
-        (false, true) => None,
-        (true, true) => Some(format!("{} does not return them", entry.name)),
-        (false, false) => Some(format!("{} has no backward", entry.name)),
-        (true, false) => Some(format!("{} has no backward and does not return the others", entry.name)),
-    };
+    for name in case.grads.0.keys() {
+        let because = format!("{} has no backward", entry.name);
+        line.unchecked.push(Unchecked { tensor: format!("grad.{name}"), because });
+    }
     if let Some((_, failure)) = worst {
         line.reason = Some(failure.to_string());
         line.failure = Some(failure);
         line.status = Status::Fail;
     } else if line.checked.is_empty() {
-        line = line.ended(Status::Unsupported, "no tensor of the file is one that we return");
+        let why = line.unchecked.first().map_or("it holds no output", |u| u.because.as_str()).to_string();
+        line = line.ended(Status::Unsupported, why);
     } else {
         line.status = Status::Pass;
     }

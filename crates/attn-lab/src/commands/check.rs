@@ -1,6 +1,6 @@
 //! `attn check`: golden files through the registries.
 
-use crate::check::{Checked, Status, check};
+use crate::check::{Checked, Status, Unchecked, check};
 use crate::{LabError, Result, output};
 use attn_testkit::golden::{GoldenCase, files};
 use clap::Args;
@@ -74,11 +74,18 @@ fn line(checked: &Checked) -> String {
         Status::Fail => format!("fail         {file}: {reason}"),
         Status::Pass => {
             let done = checked.checked.join(", ");
-            let left = match &checked.unchecked_because {
-                Some(why) => format!("; not checked: {}: {why}", checked.unchecked.join(", ")),
-                None => String::new(),
-            };
+            let left = not_checked(&checked.unchecked);
             format!("pass         {file} ({done}{left})")
         }
     }
+}
+
+/// `; not checked: grad.k, grad.q: flash has no backward`, one reason after the other.
+fn not_checked(unchecked: &[Unchecked]) -> String {
+    let same_reason = |a: &Unchecked, b: &Unchecked| a.because == b.because;
+    let groups = unchecked.chunk_by(same_reason).map(|group| {
+        let tensors: Vec<&str> = group.iter().map(|u| u.tensor.as_str()).collect();
+        format!("; not checked: {}: {}", tensors.join(", "), group[0].because)
+    });
+    groups.collect()
 }

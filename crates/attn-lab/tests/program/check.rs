@@ -1,0 +1,95 @@
+use super::{attn, golden, json, refuses, stdout, text};
+use std::collections::BTreeMap;
+
+#[test]
+fn every_kind_of_case_gets_its_verdict() {
+    let folder = text(&golden(""));
+    let all = json(&attn(["check", &folder, "--json"]));
+    let stem = |f: &serde_json::Value| {
+        let file = std::path::PathBuf::from(f["file"].as_str().unwrap());
+        file.file_stem().unwrap().to_string_lossy().to_string()
+    };
+    let files: BTreeMap<String, &serde_json::Value> =
+        all["files"].as_array().unwrap().iter().map(|f| (stem(f), f)).collect();
+    for (case, file) in &files {
+        let wanted = if case == "sink-h8-kv2" { "unsupported" } else { "pass" };
+        assert_eq!(file["status"], wanted, "{case}: {file}");
+    }
+    assert_eq!((&all["failed"], &all["unsupported"]), (&0.into(), &1.into()));
+    assert_eq!(all["passed"], files.len() - 1);
+    let checked = |case: &str| files[case]["checked"].to_string();
+    assert!(checked("cache-decode").contains("out.o (streamed)"), "{}", checked("cache-decode"));
+    assert!(checked("merge-q64").contains("out.lse (merged)"), "{}", checked("merge-q64"));
+    assert!(checked("retnet-rec-t1").contains("out.sT"), "{}", checked("retnet-rec-t1"));
+    assert!(
+        files["streaming-sinks-00"]["unchecked"].to_string().contains("grad.q"),
+        "what is left out is said"
+    );
+}
+
+#[test]
+fn the_last_line_counts() {
+    let ended =
+        attn(["check", &text(&golden("merge-q64.safetensors")), &text(&golden("sink-h8-kv2.safetensors"))]);
+    let out = stdout(&ended);
+    assert_eq!(ended.status.code(), Some(0));
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines.last(), Some(&"1 passed, 0 failed, 1 unsupported"));
+    assert!(lines[0].starts_with("pass ") && lines[1].starts_with("unsupported "), "{out}");
+}
+
+/// Adds `change` to the last number of a tensor of a golden file.
+fn corrupt(name: &str, tensor: &str, change: f32) -> (tempfile::TempDir, String) {
+    let mut bytes = std::fs::read(golden(name)).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let end = 8 + header + json[tensor]["data_offsets"][1].as_u64().unwrap() as usize;
+    let number = f32::from_le_bytes(bytes[end - 4..end].try_into().unwrap());
+    bytes[end - 4..end].copy_from_slice(&(number + change).to_le_bytes());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    let path = text(&path);
+    (folder, path)
+}
+
+#[test]
+fn one_wrong_number_fails_with_its_place() {
+    for (file, tensor, place) in [
+        ("causal-bottom_right-q17-k64.safetensors", "out.o", "16"),
+        ("streaming-sinks-00.safetensors", "out.lse", "63"),
+        ("retnet-rec-t1.safetensors", "out.sT", "7"),
+        ("h-transformer-1d-01.safetensors", "out.o", "63"),
+        ("onnx-attention_3d_gqa_causal.safetensors", "out.o", "3"),
+    ] {
+        let (_folder, path) = corrupt(file, tensor, 0.01);
+        let ended = attn(["check", &path]);
+        assert_eq!(ended.status.code(), Some(1), "{file}");
+        let line = stdout(&ended);
+        assert!(line.starts_with("fail ") && line.contains(tensor) && line.contains(place), "{line}");
+        assert!(line.contains("1 failed"), "{line}");
+        let ended = attn(["check", &path, "--json"]);
+        assert_eq!(ended.status.code(), Some(1), "{file}");
+        let all: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();
+        let failure = &all["files"][0]["failure"];
+        assert!((failure["error"].as_f64().unwrap() - 0.01).abs() < 2e-3, "{file}: {failure}");
+    }
+}
+
+#[test]
+fn a_wrong_partial_result_fails_the_merge() {
+    let (_folder, path) = corrupt("merge-q64.safetensors", "aux.part_out", 0.5);
+    let ended = attn(["check", &path]);
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(stdout(&ended).contains("(merged)"), "{}", stdout(&ended));
+}
+
+#[test]
+fn paths_that_are_no_golden_files_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    refuses(&attn(["check", "no/such/file.safetensors"]), &["no/such/file.safetensors"]);
+    refuses(&attn(["check", &text(folder.path())]), &["no .safetensors"]);
+    let plain = super::save(folder.path(), "plain.safetensors", &super::inputs());
+    refuses(&attn(["check", &plain]), &["plain.safetensors", "format"]);
+    refuses(&attn(["check"]), &["PATHS"]);
+}
