@@ -46,14 +46,14 @@ impl Capture {
             return Err(LabError::Argument("--n is 0, expected at least 1".into()));
         }
         let (captured, layer) = match &self.model {
-            None => self.from_bytes(&ByteLm::shipped()?)?,
+            None => self.run_on_bytes(&ByteLm::shipped()?)?,
             Some(path) if path.extension().is_some_and(|e| e == "bin") => {
-                self.from_tokens(&llama2c::load(path)?)?
+                self.run_on_tokens(&llama2c::load(path)?)?
             }
             Some(path) if path.is_dir() || has_config(path) => {
-                self.from_tokens(&llama_safetensors::load(path)?)?
+                self.run_on_tokens(&llama_safetensors::load(path)?)?
             }
-            Some(path) => self.from_bytes(&ByteLm::load(path)?)?,
+            Some(path) => self.run_on_bytes(&ByteLm::load(path)?)?,
         };
         let model =
             self.model.as_ref().map_or("the shipped byte model".into(), |path| path.display().to_string());
@@ -76,12 +76,12 @@ impl Capture {
         })
     }
 
-    fn from_bytes(&self, model: &ByteLm) -> Result<(Captured, usize)> {
+    fn run_on_bytes(&self, model: &ByteLm) -> Result<(Captured, usize)> {
         let layer = self.layer.unwrap_or(model.config().global_layer);
         Ok((model.capture_layer(&self.text(self.n)?, layer)?, layer))
     }
 
-    fn from_tokens(&self, model: &LlamaLike) -> Result<(Captured, usize)> {
+    fn run_on_tokens(&self, model: &LlamaLike) -> Result<(Captured, usize)> {
         let Some(tokenizer) = &self.tokenizer else {
             return Err(LabError::Argument(
                 "this model reads tokens; give its tokenizer with --tokenizer FILE".into(),
