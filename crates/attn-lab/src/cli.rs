@@ -1,6 +1,6 @@
 //! The command line: which subcommands there are, and how errors leave the program.
 
-use crate::{Result, commands, output};
+use crate::{Result, commands, output, sweep};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -32,6 +32,11 @@ pub enum Command {
     Bench(commands::bench::Bench),
     /// Writes q, k and v of one layer of a language model
     Capture(commands::capture::Capture),
+    /// Compares variants on real q, k and v at growing lengths
+    Sweep(sweep::Sweep),
+    /// Serves one point of a sweep
+    #[command(hide = true)]
+    SweepPoint,
 }
 
 impl Command {
@@ -47,6 +52,8 @@ impl Command {
             Self::Limits(limits) => limits.run(),
             Self::Bench(bench) => bench.run(),
             Self::Capture(capture) => capture.run(),
+            Self::Sweep(sweep) => sweep.run(),
+            Self::SweepPoint => sweep::child::serve(),
         }
     }
 }

@@ -17,6 +17,8 @@ pub mod memory;
 pub mod output;
 pub mod pool;
 pub mod registry;
+pub mod report;
+pub mod sweep;
 pub mod tensors;
 
 pub use error::{LabError, Result};
