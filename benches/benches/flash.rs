@@ -32,15 +32,15 @@ fn against_candle(c: &mut Criterion) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread pool");
     for (name, flash, mask) in [("full", Flash::full(), None), ("causal", Flash::causal(), Some(&mask))] {
         use attn_core::candle::CandleAttention;
-        let ours = pool.install(|| {
-            let mut once = || drop(flash.forward_t(&q, &k, &v).expect("ours"));
-            measure(c, &format!("candle tensors {name}"), "attn-flash", 0, &mut once)
-        });
-        let theirs = pool.install(|| {
-            let mut once = || drop(candle_attention(&q, &k, &v, mask).expect("candle's"));
-            measure(c, &format!("candle tensors {name}"), "matmul, softmax, matmul", 0, &mut once)
-        });
-        println!("{name}: candle {theirs:.4} s, ours {ours:.4} s: {:.1} times faster (1 thread)", theirs / ours);
+        let name = format!("candle tensors {name}");
+        let mut once = || drop(pool.install(|| flash.forward_t(&q, &k, &v)).expect("ours"));
+        let ours = measure(c, &name, "attn-flash", 0, &mut once);
+        let mut once = || drop(pool.install(|| candle_attention(&q, &k, &v, mask)).expect("candle's"));
+        let theirs = measure(c, &name, "matmul, softmax, matmul", 0, &mut once);
+        println!(
+            "{name}: candle {theirs:.4} s, ours {ours:.4} s: {:.1} times faster (1 thread)",
+            theirs / ours
+        );
     }
 }
 

@@ -8,7 +8,8 @@ use criterion::{Criterion, criterion_group, criterion_main};
 
 fn all(c: &mut Criterion) {
     let problem = Problem::new(AttnShape::square(1, 16384, 64));
-    let registries = [attn_flash::registry(), attn_sparse::registry(), attn_linear::registry(), attn_hier::registry()];
+    let registries =
+        [attn_flash::registry(), attn_sparse::registry(), attn_linear::registry(), attn_hier::registry()];
     for entry in registries.iter().flatten().filter(|e| e.name != "naive") {
         let has_causal = entry.options.iter().any(|o| o.name == "causal");
         let options = if has_causal { Options::new().with("causal", true) } else { Options::new() };

@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout)] // what a bench is for
 
 use attn_core::simd::{Isa, with_isa};
-use attn_core::{AttnShape, Attention, DType, Qkv, View, ViewMut, limits};
+use attn_core::{Attention, AttnShape, DType, Qkv, View, ViewMut, limits};
 use candle_core::{D, Device, Result, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::time::{Duration, Instant};
@@ -33,7 +33,8 @@ impl Problem {
 
     /// The inputs as views.
     pub fn qkv(&self) -> Qkv<'_> {
-        let view = |name, data, shape| View::contiguous(name, data, shape).expect("the buffer has this shape");
+        let view =
+            |name, data, shape| View::contiguous(name, data, shape).expect("the buffer has this shape");
         let s = &self.shape;
         Qkv::new(view("q", &self.q, s.q()), view("k", &self.k, s.k()), view("v", &self.v, s.v()))
             .expect("the shapes agree")
@@ -106,7 +107,11 @@ pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem
     let seconds = measure(c, name, &format!("{}, {} threads", at.isa, at.threads), flops, &mut once);
     let peak = before.max(peak());
     let (rate, tokens) = (flops as f64 / seconds / 1e9, problem.shape.rows() as f64 / seconds);
-    println!("{name}: {rate:.1} GFLOP/s = {:.1} % of {peak:.1} ({} threads), {tokens:.3e} rows/s", 100.0 * rate / peak, at.threads);
+    println!(
+        "{name}: {rate:.1} GFLOP/s = {:.1} % of {peak:.1} ({} threads), {tokens:.3e} rows/s",
+        100.0 * rate / peak,
+        at.threads
+    );
 }
 
 /// Measures `once` with criterion; returns the median seconds of a run.

@@ -153,6 +153,18 @@ const TABLE: &[Row] = &[
         outputs: &[],
     },
     Row {
+        family: Family::Sparse,
+        variant: "chunked-causal",
+        ours: "chunked-causal",
+        options: &[
+            ("causal", Rule::Only("true")),
+            ("chunk", Rule::As("chunk_len")),
+            ("q_offset", Rule::Offset),
+        ],
+        inputs: &[],
+        outputs: &[],
+    },
+    Row {
         family: Family::Linear,
         variant: "linear",
         ours: "linear",
@@ -210,27 +222,6 @@ const TABLE: &[Row] = &[
         outputs: &[],
     },
 ];
-
-/// Outputs that no f32 implementation of our definitions can meet: case, tensor, why.
-const DEPARTURES: &[(&str, &str, &str)] = &[
-    ("adv-nan-inf", "out.o", "the file stores 0 for a query of NaN; by our definition its row is NaN"),
-    (
-        "adv-big-v",
-        "out.o",
-        "values of 1e30 cancel to 1e24: rounding the weights to f32 alone exceeds the tolerance",
-    ),
-    (
-        "adv-identical-keys",
-        "out.lse",
-        "the tolerance, 1e-6 of a sum of -4.26 and 4.16, is below half a unit in the last place of either",
-    ),
-];
-
-/// Why `tensor` of a case is not compared, for the few that are not.
-pub(super) fn departure(case: &GoldenCase, tensor: &str) -> Option<&'static str> {
-    let here = |(name, output, _): &&(&str, &str, &str)| *name == case.case && *output == tensor;
-    DEPARTURES.iter().find(here).filter(|_| case.family == Family::Exact).map(|(_, _, why)| *why)
-}
 
 /// What our registries need to compute `case`, or why they cannot.
 ///

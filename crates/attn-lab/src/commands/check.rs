@@ -75,7 +75,8 @@ fn line(checked: &Checked) -> String {
         Status::Pass => {
             let done = checked.checked.join(", ");
             let left = not_checked(&checked.unchecked);
-            format!("pass         {file} ({done}{left})")
+            let notes: String = checked.notes.iter().map(|note| format!("; {note}")).collect();
+            format!("pass         {file} ({done}{left}{notes})")
         }
     }
 }
