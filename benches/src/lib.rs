@@ -61,8 +61,7 @@ pub fn candle_attention(q: &Tensor, k: &Tensor, v: &Tensor, causal_mask: Option<
         Some(mask) => scores.broadcast_add(mask)?,
         None => scores,
     };
-    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?.matmul(v)
+    candle_nn::ops::softmax_last_dim(&scores)?.matmul(v)
 }
 
 /// `(n, n)` with 0 on and below the diagonal and -inf above.
