@@ -53,6 +53,10 @@ fn trimmed(x: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
+/// The largest error an axis shows. One means as far off as zeros would be; far beyond, how far says nothing more, and
+/// would squeeze what does.
+const MOST_ERROR: f64 = 10.0;
+
 /// A logarithmic axis between two pixels.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Axis {
@@ -68,7 +72,8 @@ pub(super) struct Axis {
 impl Axis {
     /// An axis that shows all of `values`, with a little room, from pixel `from` to pixel `to`.
     pub(super) fn over(quantity: Quantity, values: impl Iterator<Item = f64>, from: f64, to: f64) -> Self {
-        let logs = values.filter(|x| x.is_finite() && *x > 0.0).map(f64::ln);
+        let most = if quantity == Quantity::Error { MOST_ERROR } else { f64::INFINITY };
+        let logs = values.filter(|x| x.is_finite() && *x > 0.0).map(|x| x.min(most).ln());
         let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
         let (low, high) = if low <= high { (low, high) } else { (0.0, 0.0) };
         // A single value still gets a line to stand on: a factor of two on both sides.
@@ -80,6 +85,11 @@ impl Axis {
     pub(super) fn at(&self, value: f64) -> f64 {
         let log = if value > 0.0 { value.ln().clamp(self.low, self.high) } else { self.low };
         self.from + (log - self.low) / (self.high - self.low) * (self.to - self.from)
+    }
+
+    /// True if a value is larger than all that the axis shows.
+    pub(super) fn is_beyond(&self, value: f64) -> bool {
+        value > 0.0 && value.ln() > self.high
     }
 
     /// Pixels of the ends, as given.
@@ -98,8 +108,15 @@ impl Axis {
         let last = (self.high / base.ln()).floor() as i32;
         let powers = (last - first + 1).max(0) as usize;
         let values: Vec<f64> = if powers < 3 && base == 10.0 {
-            let halves = (first - 1..=last).flat_map(|p| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(p)));
-            halves.filter(|x| (self.low..=self.high).contains(&x.ln())).collect()
+            let between = |steps: &[f64]| -> Vec<f64> {
+                let all = (first - 1..=last).flat_map(|p| steps.iter().map(move |m| m * 10f64.powi(p)));
+                all.filter(|x| (self.low..=self.high).contains(&x.ln())).collect()
+            };
+            let fine = between(&[1.0, 2.0, 5.0]);
+            if fine.len() > most { between(&[1.0, 3.0]) } else { fine }
+        } else if powers < 3 && self.quantity == Quantity::Bytes {
+            let quarters = (first - 1..=last).flat_map(|p| [1.0, 1.25, 1.5, 1.75].map(|m| m * 2f64.powi(p)));
+            quarters.filter(|x| (self.low..=self.high).contains(&x.ln())).collect()
         } else {
             let step = powers.div_ceil(most.max(1)).max(1);
             // Multiples of the step, so that bytes stand at 1, 16, 256 KiB whatever the range.
@@ -134,12 +151,14 @@ mod tests {
         assert_eq!(labels(Quantity::Seconds, &[2e-5, 0.5], 8), ["100 µs", "1 ms", "10 ms", "100 ms"]);
         assert_eq!(labels(Quantity::Seconds, &[0.004, 0.03], 8), ["5 ms", "10 ms", "20 ms"]);
         assert_eq!(labels(Quantity::Error, &[1e-7, 0.5], 8)[..2], ["1e-7", "1e-6"]);
-        assert_eq!(labels(Quantity::Bytes, &[1e6, 6e7], 4), ["1 MiB", "4 MiB", "16 MiB"]);
+        assert_eq!(labels(Quantity::Bytes, &[1e6, 6e7], 4), ["1 MiB", "4 MiB", "16 MiB", "64 MiB"]);
     }
 
     #[test]
     fn values_keep_their_order_and_zero_stands_at_the_start() {
         let axis = Axis::over(Quantity::Bytes, [10.0, 1000.0].into_iter(), 300.0, 0.0);
+        let errors = Axis::over(Quantity::Error, [1e-6, 37000.0].into_iter(), 300.0, 0.0);
+        assert!(errors.is_beyond(37000.0) && !errors.is_beyond(5.0) && errors.at(37000.0) == 0.0);
         assert!(axis.at(10.0) > axis.at(100.0) && axis.at(100.0) > axis.at(1000.0));
         assert_eq!(axis.at(0.0), 300.0);
         let one = Axis::over(Quantity::Bytes, [64.0].into_iter(), 0.0, 100.0);

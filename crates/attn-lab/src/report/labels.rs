@@ -3,7 +3,7 @@
 /// Height of a label, pixels.
 const HEIGHT: f64 = 14.0;
 /// Width of one letter, pixels; a little more than the font's mean.
-const LETTER: f64 = 6.6;
+const LETTER: f64 = 7.3;
 
 /// Moves labels that want to stand at `wanted` apart, within `top..bottom`; gives their places in the same order.
 pub(super) fn spread(wanted: &[f64], top: f64, bottom: f64) -> Vec<f64> {
@@ -53,7 +53,7 @@ pub(super) fn beside(points: &[(f64, f64)], texts: &[&str], frame: &Area) -> Vec
     let mut places = Vec::with_capacity(points.len());
     for (&(x, y), text) in points.iter().zip(texts) {
         let width = LETTER * text.chars().count() as f64;
-        let candidates = [-1.0, 0.0, 1.0, -2.0, 2.0].into_iter().flat_map(|line| {
+        let candidates = [0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0, -4.0, 4.0].into_iter().flat_map(|line| {
             [x + 8.0, x - 8.0 - width, x - width / 2.0].map(|left| {
                 let middle = y + line * HEIGHT;
                 Area { left, top: middle - HEIGHT / 2.0, right: left + width, bottom: middle + HEIGHT / 2.0 }
@@ -62,8 +62,9 @@ pub(super) fn beside(points: &[(f64, f64)], texts: &[&str], frame: &Area) -> Vec
         let far = |a: &Area| {
             ((a.left + a.right) / 2.0 - x).abs() * 0.02 + ((a.top + a.bottom) / 2.0 - y).abs() * 0.2
         };
-        let cost =
-            |a: &Area| taken.iter().map(|t| t.overlap(a)).sum::<f64>() + 4.0 * a.outside(frame) + far(a);
+        let cost = |a: &Area| {
+            3.0 * taken.iter().map(|t| t.overlap(a)).sum::<f64>() + 4.0 * a.outside(frame) + far(a)
+        };
         let best = candidates.min_by(|a, b| cost(a).total_cmp(&cost(b)));
         let best = best.unwrap_or(Area { left: x, top: y, right: x, bottom: y });
         places.push((best.left, best.bottom - 3.5));

@@ -127,7 +127,7 @@ fn pictures(rows: &[Row]) -> Markup {
     html! {
         (picture("Time", "median of the runs; whiskers: 20th to 80th percentile", Quantity::Seconds,
             &curves(rows, time, units::time)))
-        (picture("Error", "relative L2 against exact attention; whiskers: 95 % interval of the sample", Quantity::Error,
+        (picture("Error", "relative L2 against exact attention; whiskers: 95 % interval of the sample; ↑ is above 10", Quantity::Error,
             &curves(rows, error, units::error)))
         (picture("Extra memory", "allocated beyond q, k, v and output, at the moment of most", Quantity::Bytes,
             &curves(rows, extra, bytes)))

@@ -6,7 +6,7 @@ use super::plot::{dot, frame, style};
 use maud::{Markup, html};
 
 const WIDTH: f64 = 400.0;
-const HEIGHT: f64 = 290.0;
+const HEIGHT: f64 = 310.0;
 
 /// One variant at one length.
 #[derive(Debug, Clone)]
@@ -36,7 +36,10 @@ pub(super) fn panel(contenders: &[Contender]) -> Markup {
             @for ((c, (px, py)), (left, baseline)) in contenders.iter().zip(&points).zip(&places) {
                 g class=(style(c.style)) {
                     (dot(*px, *py, &c.text))
-                    text class="name" x=(format!("{left:.1}")) y=(format!("{baseline:.1}")) { (c.name) }
+                    @if (py - baseline).abs() > 16.0 {
+                        path class="leader" d=(format!("M{px:.1},{py:.1} L{:.1},{:.1}", left + 8.0, baseline - 4.0)) {}
+                    }
+                    text class="name" x=(format!("{left:.1}")) y=(format!("{baseline:.1}")) { (c.name) @if y.is_beyond(c.error) { " ↑" } }
                 }
             }
         }

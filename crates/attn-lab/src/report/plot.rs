@@ -4,9 +4,9 @@ use super::axis::{Axis, Quantity};
 use super::labels;
 use maud::{Markup, html};
 
-const WIDTH: f64 = 620.0;
+const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 400.0;
-const LEFT: f64 = 68.0;
+const LEFT: f64 = 82.0;
 const RIGHT: f64 = 150.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 48.0;
@@ -58,7 +58,10 @@ pub fn curves(curves: &[Curve], quantity: Quantity) -> Markup {
             @for ((curve, (end_x, end_y)), place) in drawn.iter().zip(&ends).zip(&places) {
                 g class=(style(curve.style)) {
                     path class="leader" d=(format!("M{:.1},{end_y:.1} L{:.1},{place:.1}", end_x + 5.0, label_x - 3.0)) {}
-                    text class="name" x=(px(label_x)) y=(px(place + 4.0)) { (curve.name) }
+                    text class="name" x=(px(label_x)) y=(px(place + 4.0)) {
+                        (curve.name)
+                        @if curve.values.last().is_some_and(|v| y.is_beyond(v.y)) { " ↑" }
+                    }
                 }
             }
         }

@@ -4,7 +4,7 @@ use super::cells::{self, Table};
 use super::units;
 use crate::sweep::Finished;
 use crate::sweep::summary::summarise;
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::presets::UTF8_BORDERS_ONLY;
 use comfy_table::{CellAlignment, ContentArrangement};
 
 /// All tables, with what has to be said about them.
@@ -50,7 +50,7 @@ pub fn remarks(finished: &Finished) -> Vec<String> {
 
 fn draw(table: &Table) -> String {
     let mut drawn = comfy_table::Table::new();
-    drawn.load_preset(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    drawn.load_preset(UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Disabled);
     drawn.set_header(&table.header).add_rows(&table.rows);
     // The third column is left alone: it also holds the reasons of points that were not run.
     for column in drawn.column_iter_mut().skip(3) {

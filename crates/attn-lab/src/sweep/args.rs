@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Lengths without `--n`: what two cores do in about three minutes.
-const DEFAULT_N: &str = "1k..32k";
+const DEFAULT_N: &str = "1k..64k";
 
 /// Compares attention variants on real q, k and v at growing lengths: time, memory, error
 ///
@@ -16,7 +16,7 @@ const DEFAULT_N: &str = "1k..32k";
 /// the end: a table, OUT/results.csv, OUT/env.json and OUT/report.html.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Sweep {
-    /// Lengths: a range that doubles (1k..64k) or a list (1k,4k,16k); default 1k..32k
+    /// Lengths: a range that doubles (1k..64k) or a list (1k,4k,16k); default 1k..64k
     #[arg(long, value_name = "LENGTHS")]
     pub n: Option<String>,
     /// Variants, comma-separated, from `attn list`; or all that can do the mode
@@ -55,7 +55,7 @@ pub struct Sweep {
     /// Seconds for the whole sweep; points that would not be done in time are reported as not run
     #[arg(long, default_value_t = 150.0, value_name = "SECONDS")]
     pub budget: f64,
-    /// Seconds for one point; default: a tenth of the budget
+    /// Seconds for one point; default: a fifth of the budget
     #[arg(long, value_name = "SECONDS")]
     pub point_budget: Option<f64>,
     /// Query rows compared with exact attention
@@ -179,7 +179,7 @@ impl Sweep {
     pub fn budget(&self) -> super::plan::Budget {
         super::plan::Budget {
             total: Duration::from_secs_f64(self.budget),
-            point: Duration::from_secs_f64(self.point_budget.unwrap_or(self.budget / 10.0)),
+            point: Duration::from_secs_f64(self.point_budget.unwrap_or(self.budget / 5.0)),
         }
     }
 }
@@ -204,7 +204,7 @@ mod tests {
         let sweep = sweep(&[]);
         assert_eq!(
             (sweep.kind(), sweep.bidirectional, sweep.budget().point.as_secs()),
-            (SourceKind::Lm, false, 15)
+            (SourceKind::Lm, false, 30)
         );
         sweep.check().unwrap();
     }

@@ -2,7 +2,7 @@
 
 use crate::{LabError, Result, registry};
 use attn_core::registry::{Entry, Options};
-use attn_core::{Attention, AttnShape, Causality, DType};
+use attn_core::{Attention, AttnError, AttnShape, Causality, DType};
 
 /// What every variant of a sweep has to do.
 #[derive(Debug, Clone, Copy)]
@@ -53,14 +53,21 @@ pub fn choose(names: &str, set: &[String], demand: &Demand) -> Result<(Vec<Chose
     for entry in entries {
         let of_this: Vec<_> = given.iter().filter(|(name, ..)| *name == entry.name).collect();
         let own_options = of_this.iter().fold(Options::new(), |all, (_, key, value)| all.with(key, value));
-        let variant = configure(entry, own_options, demand.causal)?;
-        match refusal(&variant, demand) {
-            None => chosen.push(variant),
-            Some(why) if all && of_this.is_empty() => {
-                left_out.push(format!("{} left out: {why}", entry.name))
-            }
-            Some(why) => return Err(LabError::Argument(format!("variant {}: {why}", entry.name))),
+        let why = match configure(entry, own_options, demand.causal) {
+            Ok(variant) => match refusal(&variant, demand) {
+                None => {
+                    chosen.push(variant);
+                    continue;
+                }
+                Some(why) => format!("{} {why}", entry.name),
+            },
+            Err(AttnError::Unsupported { variant, what }) => format!("{variant} does not support {what}"),
+            Err(other) => return Err(other.into()),
+        };
+        if !all || !of_this.is_empty() {
+            return Err(LabError::Argument(format!("variant {why}")));
         }
+        left_out.push(format!("left out: {why}"));
     }
     if chosen.is_empty() {
         return Err(LabError::Argument(format!("no variant can take part: {}", left_out.join("; "))));
@@ -83,7 +90,7 @@ fn given_options(set: &[String], entries: &[Entry]) -> Result<Vec<(String, Strin
     set.iter().map(parse).collect()
 }
 
-fn configure(entry: Entry, given: Options, causal: bool) -> Result<Chosen> {
+fn configure(entry: Entry, given: Options, causal: bool) -> attn_core::Result<Chosen> {
     let mut options = entry.defaults();
     if entry.options.iter().any(|option| option.name == "causal") {
         options = options.with("causal", causal);

@@ -52,7 +52,9 @@ pub fn growth(points: &[(usize, f64)]) -> Option<Growth> {
 fn student_t(freedom: usize) -> f64 {
     const TABLE: [f64; 9] = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262];
     let z: f64 = 1.959_964;
-    let expansion = z + (z.powi(3) + z) / (4.0 * freedom as f64);
+    let f = freedom as f64;
+    let expansion =
+        z + (z.powi(3) + z) / (4.0 * f) + (5.0 * z.powi(5) + 16.0 * z.powi(3) + 3.0 * z) / (96.0 * f * f);
     TABLE.get(freedom - 1).copied().unwrap_or(expansion)
 }
 

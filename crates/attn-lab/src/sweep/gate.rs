@@ -5,6 +5,7 @@
 
 use super::source::LmText;
 use crate::lm::GateRow;
+use crate::report::units;
 use crate::{LabError, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -75,12 +76,17 @@ impl Gate {
         }
         let gain =
             self.rows.iter().map(|row| row.removed_loss - row.exact_loss).fold(f64::INFINITY, f64::min);
-        let holds = rise <= MARGIN && gain >= MARGIN;
+        // Minima and maxima pass over NaN.
+        let finite = self.rows.iter().all(|row| row.exact_loss.is_finite() && row.removed_loss.is_finite());
+        let holds = finite && rise <= MARGIN && gain >= MARGIN;
         let word = if holds { "holds" } else { "DOES NOT HOLD" };
         let text = format!(
             "the gate {word}: exact loss {:.3} nats a byte at n = {}, {:.3} at n = {}; without the global layer at \
              least {gain:.3} more",
-            first.exact_loss, first.n, last.exact_loss, last.n
+            first.exact_loss,
+            units::length(first.n),
+            last.exact_loss,
+            units::length(last.n)
         );
         (holds, text)
     }

@@ -162,11 +162,16 @@ impl<'a> Running<'a> {
     }
 }
 
+/// What the row of a point says that was given up after `patience`.
+pub fn stopped_reason(patience: Duration) -> String {
+    format!("stopped after {}", units::long_time(patience.as_secs_f64()))
+}
+
 fn stopped(trouble: Trouble, point: &Point, patience: Duration) -> Outcome {
     match trouble {
         Trouble::Failed(reason) => Outcome::Failed { reason },
         Trouble::TookTooLong => Outcome::NotRun {
-            reason: format!("stopped after {}", units::long_time(patience.as_secs_f64())),
+            reason: stopped_reason(patience),
             predicted_seconds: Some(point.prediction.point),
             predicted_bytes: Some(point.resident),
         },

@@ -131,7 +131,7 @@ impl Run<'_> {
             let case = self.case(chosen, n, &hash);
             let key = case.key();
             keys.push(key.clone());
-            let known = self.progress.journal.get(&key).filter(|row| row.measured().is_some()).cloned();
+            let known = self.progress.journal.get(&key).filter(|row| self.is_settled(row)).cloned();
             match known {
                 Some(row) => {
                     self.known += 1;
@@ -151,6 +151,20 @@ impl Run<'_> {
             }
         }
         Ok(keys)
+    }
+
+    /// Measured, or given up after as long as it would be given up now.
+    fn is_settled(&self, row: &Row) -> bool {
+        match &row.outcome {
+            Outcome::Measured(_) => true,
+            Outcome::NotRun { reason, .. } => *reason == rounds::stopped_reason(self.patience()),
+            Outcome::Failed { .. } => false,
+        }
+    }
+
+    /// The longest wait for one warm-up.
+    fn patience(&self) -> Duration {
+        self.budget.point.max(Duration::from_secs(5))
     }
 
     fn case(&self, chosen: &Chosen, n: usize, hash: &str) -> Case {
@@ -241,7 +255,7 @@ impl Run<'_> {
             input: &input.path,
             sample: &sample,
             policy: policy(),
-            patience: self.budget.point.max(Duration::from_secs(5)),
+            patience: self.patience(),
             peak_gflops: self.peak_gflops,
         };
         rounds::measure(points, &conditions, &mut self.progress)
@@ -257,7 +271,7 @@ impl Run<'_> {
             Outcome::Measured(figures) => Rate::Measured(figures.flops as f64 / figures.seconds.median),
             // Stopped at a limit: it is slower than that, and so will it be at the next length.
             Outcome::NotRun { reason, .. } if reason.starts_with("stopped") => {
-                let seconds = self.budget.point.max(Duration::from_secs(5)).as_secs_f64();
+                let seconds = self.patience().as_secs_f64();
                 Rate::AtMost(flops.unwrap_or(0) as f64 / seconds)
             }
             _ => return,
