@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// Nats a byte that count as a difference.
 pub const MARGIN: f64 = 0.01;
 
+/// About the length that is timed first.
+const PROBE: usize = 4096;
+
 /// The gate's figures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Gate {
@@ -47,8 +50,9 @@ impl Gate {
         let text = source.text();
         let mut within: Vec<usize> = lengths.iter().copied().filter(|n| *n < text.len()).collect();
         within.sort_unstable();
-        // The time of a length grows with it; one short length says how fast this machine is.
-        if let Some(&first) = within.first() {
+        // The time of a length grows with it; one length that is quick and no longer all overhead says how fast this
+        // machine is.
+        if let Some(&first) = within.iter().rfind(|n| **n <= PROBE).or(within.first()) {
             let from = Instant::now();
             source.model().gate(text, &[first])?;
             let a_byte = from.elapsed().as_secs_f64() / first as f64;
@@ -69,7 +73,7 @@ impl Gate {
             return (false, "the gate was not computed: text or time is too short".into());
         };
         let mut lowest = f64::INFINITY;
-        let mut rise: f64 = f64::NEG_INFINITY;
+        let mut rise: f64 = 0.0;
         for row in &self.rows {
             rise = rise.max(row.exact_loss - lowest);
             lowest = lowest.min(row.exact_loss);
@@ -81,8 +85,8 @@ impl Gate {
         let holds = finite && rise <= MARGIN && gain >= MARGIN;
         let word = if holds { "holds" } else { "DOES NOT HOLD" };
         let text = format!(
-            "the gate {word}: exact loss {:.3} nats a byte at n = {}, {:.3} at n = {}; without the global layer at \
-             least {gain:.3} more",
+            "the gate {word}: exact loss {:.3} nats a byte at n = {}, {:.3} at n = {}, at most {rise:.3} \
+             above a shorter context; without the global layer at least {gain:.3} more",
             first.exact_loss,
             units::length(first.n),
             last.exact_loss,
