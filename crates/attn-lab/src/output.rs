@@ -21,7 +21,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Writes `value` as one line of JSON to standard output.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text =
         serde_json::to_string(value).map_err(|e| LabError::Argument(format!("cannot write JSON: {e}")))?;

@@ -6,6 +6,7 @@
 //! | [`exp2`] | `2^x` of a vector |
 //! | [`transpose`] | a row-major block into its transpose |
 //! | [`widen`] | bf16, f16 or f32 rows into f32 |
+//! | [`all_finite`] | whether no number is NaN or infinite |
 //!
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
 //! in the vector lanes, `S^T = K Q^T` and `O^T += V^T P^T` read `K` and `V` where the caller keeps them.
@@ -16,7 +17,7 @@ mod transpose;
 
 pub use exp::exp2;
 pub use product::{Lhs, Rhs, Start, TileMut, product};
-pub use transpose::{transpose, widen};
+pub use transpose::{all_finite, transpose, widen};
 
 /// Floats in the widest vector of any instruction set: buffers whose rows hold lanes are padded to this.
 pub const MAX_LANES: usize = 16;

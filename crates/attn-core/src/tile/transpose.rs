@@ -1,4 +1,4 @@
-//! Transposes and conversions of small blocks.
+//! Transposes and conversions of small blocks, and whether their numbers are finite.
 
 use crate::Element;
 use crate::simd::{Simd, SimdBase};
@@ -82,6 +82,13 @@ pub fn widen<E: Element>(rows: Rows<'_, E>, out: &mut [f32]) {
     }
 }
 
+/// Whether no number is NaN or infinite.
+#[inline(always)]
+pub fn all_finite(numbers: &[f32]) -> bool {
+    // Without the sign, bit patterns order like the numbers; an integer maximum runs in vectors.
+    numbers.iter().fold(0, |max, x| (x.to_bits() << 1).max(max)) < f32::INFINITY.to_bits() << 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,6 +121,14 @@ mod tests {
         let mut wide = vec![f32::NAN; n * width];
         widen(rows, &mut wide);
         (0..n * width).for_each(|x| assert_eq!(wide[x], rows.row(x / width)[x % width].load()));
+    }
+
+    #[test]
+    fn finite_numbers_are_told_from_the_others() {
+        assert!(all_finite(&[]) && all_finite(&[0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE]));
+        for other in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(!all_finite(&[1.0, other, -1.0]), "{other}");
+        }
     }
 
     #[test]

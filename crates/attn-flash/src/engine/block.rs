@@ -16,7 +16,7 @@ use crate::tiles::{PANEL, TileSizes};
 use attn_core::mask::{Cover, Head, Mask};
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, product, transpose, widen};
+use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose, widen};
 use attn_core::view::{BlockMut, Rows};
 use attn_core::{AttnShape, Element, TypedQkv};
 use std::ops::Range;
@@ -318,12 +318,6 @@ fn accumulate_poisoned<S: Simd>(
         }
     }
     accumulate(simd, [width, lanes, n_keys], Wide { data: finite_v, stride: width }, weights, acc);
-}
-
-#[inline(always)]
-fn all_finite(row: &[f32]) -> bool {
-    // Without the sign, bit patterns order like the numbers; an integer maximum runs in vectors.
-    row.iter().fold(0, |max, x| (x.to_bits() << 1).max(max)) < f32::INFINITY.to_bits() << 1
 }
 
 impl<E: Element, M: ?Sized, C: ?Sized> QueryBlock<'_, E, M, C> {

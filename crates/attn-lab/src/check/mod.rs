@@ -1,6 +1,6 @@
 //! Golden files through the registries: what other people's code computed, compared with what ours gives.
 //!
-//! [`mapping`] is the one table from the files' names and options to ours; [`forms`] runs a case (one call, a stream, a
+//! [`mapping`] is the one table from the files' names and options to ours; `forms` runs a case (one call, a stream, a
 //! merge of parts, the layout of another standard); this module compares and says `pass`, `fail` or `unsupported`.
 
 mod forms;

@@ -17,7 +17,7 @@ use super::lanes::{across, dot, sum};
 use super::powers::Powers;
 use super::state::HeadState;
 use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, product, transpose};
+use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, all_finite, product, transpose};
 use attn_core::view::Rows;
 
 /// Rows of the triangle done together.
@@ -247,10 +247,4 @@ fn absorb<S: Simd>(
         TileMut { data: state.s, stride: width },
         Start::Keep,
     );
-}
-
-#[inline(always)]
-fn all_finite(row: &[f32]) -> bool {
-    // Without the sign, bit patterns order like the numbers; an integer maximum runs in vectors.
-    row.iter().fold(0, |max, x| (x.to_bits() << 1).max(max)) < f32::INFINITY.to_bits() << 1
 }
