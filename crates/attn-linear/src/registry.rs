@@ -1,9 +1,9 @@
 //! The linear variants by name.
 
-use crate::engine::{Spec, State};
-use crate::{CHUNK_LEN, Gammas, Linear, LinearElu, RetNet};
+use crate::engine::State;
+use crate::{CHUNK_LEN, Gammas, Linear, LinearAttention, LinearElu, RetNet, Variant};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like};
-use attn_core::{AttnError, Family, Qkv, Result};
+use attn_core::{AttnError, Family, Result};
 
 const CAUSAL: OptionSpec = OptionSpec {
     name: "causal",
@@ -23,10 +23,10 @@ pub fn registry() -> Vec<Entry> {
             family: Family::Linear,
             summary: "Linear attention, neither mapped nor normalised: fast weights (Schmidhuber 1992)",
             options: &[CAUSAL, SCALE, CHUNK],
-            constructor: |options| Ok(Box::new(linear(options)?)),
+            constructor: |options| Ok(Box::new(LinearAttention::new(linear(options)?))),
             runner: |_, options, tensors| {
                 tensors.only("linear", &["q", "k", "v", "initial_state"])?;
-                run(tensors, |x| linear(options)?.spec(x.shape().head_dim))
+                run(tensors, &linear(options)?)
             },
         },
         Entry {
@@ -39,10 +39,10 @@ pub fn registry() -> Vec<Entry> {
                 OptionSpec { name: "eps", default: "1e-10", help: "added to the sum of weights" },
                 CHUNK,
             ],
-            constructor: |options| Ok(Box::new(linear_elu(options)?)),
+            constructor: |options| Ok(Box::new(LinearAttention::new(linear_elu(options)?))),
             runner: |_, options, tensors| {
                 tensors.only("linear-elu", &["q", "k", "v", "initial_state", "initial_normaliser"])?;
-                run(tensors, |_| Ok(linear_elu(options)?.spec()))
+                run(tensors, &linear_elu(options)?)
             },
         },
         Entry {
@@ -63,14 +63,12 @@ pub fn registry() -> Vec<Entry> {
                 },
                 CHUNK,
             ],
-            constructor: |options| Ok(Box::new(retnet(options)?)),
+            constructor: |options| Ok(Box::new(LinearAttention::new(retnet(options)?))),
             runner: |_, options, tensors| {
                 tensors.only("retnet", &["q", "k", "v", "log_decay", "initial_state"])?;
-                run(tensors, |x| {
-                    let mut retnet = retnet(options)?;
-                    retnet.log_decay = tensors.f32("log_decay")?.map(|(_, g)| g.to_vec());
-                    retnet.spec(x.shape().n_heads_q, x.shape().head_dim)
-                })
+                let mut retnet = retnet(options)?;
+                retnet.log_decay = tensors.f32("log_decay")?.map(|(_, g)| g.to_vec());
+                run(tensors, &retnet)
             },
         },
     ]
@@ -96,7 +94,7 @@ fn linear_elu(options: &Options) -> Result<LinearElu> {
         causal: options.get_or("causal", false)?,
         chunk_len: chunk_len(options)?,
     };
-    elu.spec().check(0)?;
+    elu.spec(0, 1)?.check(0)?;
     Ok(elu)
 }
 
@@ -112,9 +110,9 @@ fn retnet(options: &Options) -> Result<RetNet> {
 /// `q`, `k`, `v` and, where given, `log_decay` (one a query head), `initial_state (batch, n_heads_q, key_dim, value_dim)`
 /// and for normalised variants with it `initial_normaliser (batch, n_heads_q, key_dim)`, all f32. Gives `o`, `sT` and, for normalised variants, `zT`;
 /// `o` alone where queries stand before the first key, hence before any state.
-fn run(tensors: &NamedTensors, spec: impl FnOnce(&Qkv<'_>) -> Result<Spec>) -> Result<NamedTensors> {
+fn run(tensors: &NamedTensors, variant: &impl Variant) -> Result<NamedTensors> {
     let x = tensors.qkv()?;
-    let spec = spec(&x)?;
+    let spec = variant.spec(x.shape().n_heads_q, x.shape().head_dim)?;
     let sizes = spec.state_shape(&x.shape());
     let (s_shape, z_shape) = (
         [sizes.batch, sizes.heads, sizes.key_dim, sizes.value_dim],

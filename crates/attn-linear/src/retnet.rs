@@ -1,12 +1,9 @@
 //! Retention: linear attention whose state fades at a constant rate, another one in each head.
 
 use crate::CHUNK_LEN;
-use crate::engine::{Decay, Normaliser, Spec, State, naive};
-use attn_core::exact::Reference;
-use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
-    StreamShape, StreamState, Streaming, Target, softmax_scale_or_default,
-};
+use crate::engine::{Decay, Normaliser, Spec};
+use crate::variant::Variant;
+use attn_core::{AttnError, Result, softmax_scale_or_default};
 
 /// The heads' decays when none are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -58,14 +55,14 @@ impl std::str::FromStr for Gammas {
 ///
 /// ```
 /// use attn_core::{Attention, Qkv, View, ViewMut};
-/// use attn_linear::RetNet;
+/// use attn_linear::{LinearAttention, RetNet};
 ///
 /// let (heads, n, d) = (2, 5, 4);
 /// let x: Vec<f32> = (0..heads * n * d).map(|i| (i as f32).sin()).collect();
 /// let view = |name| View::contiguous(name, &x, [1, heads, n, d]);
 /// let mut out = vec![0.0; x.len()];
 /// let qkv = Qkv::new(view("q")?, view("k")?, view("v")?)?;
-/// RetNet::default().forward(qkv, ViewMut::contiguous("out", &mut out, [1, heads, n, d])?.into())?;
+/// LinearAttention::new(RetNet::default()).forward(qkv, ViewMut::contiguous("out", &mut out, [1, heads, n, d])?.into())?;
 /// let own: f32 = x[..d].iter().map(|x| x * x / 2.0).sum();
 /// assert!((out[1] - own * x[1]).abs() < 1e-6, "the first row sees only itself");
 /// # Ok::<(), attn_core::AttnError>(())
@@ -88,15 +85,13 @@ impl Default for RetNet {
     }
 }
 
-impl RetNet {
-    /// The engine's options for such heads.
-    ///
-    /// # Errors
-    /// [`AttnError::Value`] for a scale that is not finite.
-    pub fn spec(&self, n_heads_q: usize, head_dim: usize) -> Result<Spec> {
+impl Variant for RetNet {
+    const NAME: &'static str = "retnet";
+
+    fn spec(&self, n_heads_q: usize, head_dim: usize) -> Result<Spec> {
         let log_decay = self.log_decay.clone().unwrap_or_else(|| self.gammas.log_decay(n_heads_q));
         Ok(Spec {
-            name: "retnet",
+            name: Self::NAME,
             causal: true,
             scale: softmax_scale_or_default(self.scale, head_dim)?,
             features: None,
@@ -106,59 +101,7 @@ impl RetNet {
         })
     }
 
-    fn spec_of(&self, shape: &AttnShape) -> Result<Spec> {
-        self.spec(shape.n_heads_q, shape.head_dim)
-    }
-
-    /// [`Attention::forward`] from a state, which becomes the one after the last key.
-    ///
-    /// # Errors
-    /// As [`Spec::forward`].
-    pub fn forward_from(&self, x: Qkv<'_>, out: OutMut<'_>, state: &mut State) -> Result<()> {
-        self.spec_of(&x.shape())?.forward(x, out, Some(state))
-    }
-}
-
-impl Attention for RetNet {
-    fn name(&self) -> &'static str {
-        "retnet"
-    }
-
-    fn profile(&self) -> Profile {
-        Profile {
-            family: Family::Linear,
-            target: Target::Own,
-            causality: Causality::Strict,
-            convex: false,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 2e-6,
-            time: Growth::Linear,
-            memory: Growth::Constant,
-        }
-    }
-
-    fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {
-        self.spec_of(shape).map(|spec| spec.cost(shape, dtype)).unwrap_or_default()
-    }
-
-    fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        self.spec_of(&x.shape())?.forward(x, out, None)
-    }
-
-    fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
-        naive::quadratic(&self.spec_of(&x.shape())?, x, None)
-    }
-
-    fn as_streaming(&self) -> Option<&dyn Streaming> {
-        Some(self)
-    }
-}
-
-impl Streaming for RetNet {
-    fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
-        self.spec(shape.n_heads_q, shape.head_dim)?.start(shape)
+    fn is_causal(&self) -> bool {
+        true
     }
 }
