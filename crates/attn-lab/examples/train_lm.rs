@@ -9,7 +9,8 @@
 //! export RAYON_NUM_THREADS=1 BOOKS="--text war_and_peace.txt --text tinyshakespeare.txt"
 //! train_lm $BOOKS --seed 1 --steps 5000 --stop-after 4200 --out 1.safetensors
 //! train_lm $BOOKS --seed 2 --steps 400 --stop-after 100 --learning-rate 4e-4 --from 1.safetensors --out 2.safetensors
-//! train_lm $BOOKS --seed 3 --steps 100 --learning-rate 6e-4 --from 2.safetensors --out bytelm.safetensors
+//! train_lm $BOOKS --seed 3 --steps 100 --learning-rate 6e-4 --from 2.safetensors --out 3.safetensors
+//! train_lm $BOOKS --seed 4 --steps 400 --learning-rate 4e-4 --from 3.safetensors --out bytelm.safetensors
 //! ```
 //!
 //! and `model/README.md` says what came out. Without a directory among the texts the Rust sources are those in the

@@ -11,14 +11,26 @@ mod forward;
 
 pub use drift::MAX_DRIFT;
 
-use crate::commands::bench::Mode;
 use crate::measure::{Policy, Seconds, Times};
 use crate::{LabError, Result, memory, pool, registry};
 use attn_core::registry::Options;
 use attn_core::simd::Isa;
 use attn_core::{Attention, AttnError, AttnShape, Cost, DType};
+use clap::ValueEnum;
 use drift::Yardsticks;
 use serde::Serialize;
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// One call over all queries
+    Forward,
+    /// The gradients of q, k and v
+    Backward,
+    /// One token appended to a stream that already holds n-kv positions
+    Decode,
+}
 
 /// What to measure.
 #[derive(Debug, Clone, Serialize)]

@@ -1,10 +1,11 @@
 //! `attn bench`: one case of one variant, as one line.
 
+use crate::bench::Mode;
 use crate::measure::{Policy, Seconds};
 use crate::{LabError, Result, bench, output, pool, registry};
 use attn_core::DType;
 use attn_core::simd::Isa;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -62,18 +63,6 @@ pub struct Bench {
     /// One JSON line instead of a short text
     #[arg(long)]
     pub json: bool,
-}
-
-/// What is timed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// One call over all queries
-    Forward,
-    /// The gradients of q, k and v
-    Backward,
-    /// One token appended to a stream that already holds n-kv positions
-    Decode,
 }
 
 impl Bench {

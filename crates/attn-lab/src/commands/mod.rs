@@ -6,3 +6,4 @@ pub mod check;
 pub mod limits;
 pub mod list;
 pub mod run;
+pub mod sweep;

@@ -74,19 +74,27 @@ impl Gate {
         };
         let mut lowest = f64::INFINITY;
         let mut rise: f64 = 0.0;
-        for row in &self.rows {
+        let mut held_to = None; // the largest length such that the gate holds up to it
+        for (at, row) in self.rows.iter().enumerate() {
             rise = rise.max(row.exact_loss - lowest);
             lowest = lowest.min(row.exact_loss);
+            // Comparisons with NaN are false: a loss that is no number never holds.
+            let here = row.exact_loss - lowest <= MARGIN && row.removed_loss - row.exact_loss >= MARGIN;
+            if here && rise <= MARGIN && (at == 0 || held_to.is_some()) {
+                held_to = Some(row.n);
+            }
         }
         let gain =
             self.rows.iter().map(|row| row.removed_loss - row.exact_loss).fold(f64::INFINITY, f64::min);
-        // Minima and maxima pass over NaN.
-        let finite = self.rows.iter().all(|row| row.exact_loss.is_finite() && row.removed_loss.is_finite());
-        let holds = finite && rise <= MARGIN && gain >= MARGIN;
-        let word = if holds { "holds" } else { "DOES NOT HOLD" };
+        let holds = held_to == Some(last.n);
+        let verdict = match held_to {
+            Some(_) if holds => "the gate holds".to_string(),
+            Some(n) => format!("the gate holds up to n = {} and NOT BEYOND", units::length(n)),
+            None => "the gate DOES NOT HOLD".to_string(),
+        };
         let text = format!(
-            "the gate {word}: exact loss {:.3} nats a byte at n = {}, {:.3} at n = {}, at most {rise:.3} \
-             above a shorter context; without the global layer at least {gain:.3} more",
+            "{verdict}: exact loss {:.3} nats a byte at n = {}, {:.3} at n = {}, at most {rise:.3} above a shorter \
+             context; without the global layer at least {gain:.3} more",
             first.exact_loss,
             units::length(first.n),
             last.exact_loss,
@@ -114,7 +122,8 @@ mod tests {
     #[test]
     fn a_loss_that_rises_or_a_layer_that_does_nothing_breaks_the_gate() {
         assert!(gate(&[(1.5, 1.7), (1.4, 1.6), (1.405, 1.6)]).verdict().0);
-        assert!(!gate(&[(1.5, 1.7), (1.4, 1.6), (1.45, 1.6)]).verdict().0, "rises");
+        let (holds, text) = gate(&[(1.5, 1.7), (1.4, 1.6), (1.45, 1.6), (1.4, 1.6)]).verdict();
+        assert!(!holds && text.contains("holds up to n = 2k and NOT BEYOND"), "rises: {text}");
         assert!(!gate(&[(1.5, 1.7), (1.4, 1.405)]).verdict().0, "no use");
         assert!(!gate(&[(f64::NAN, 1.7)]).verdict().0);
         let (holds, text) = gate(&[]).verdict();
