@@ -103,7 +103,8 @@ pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem
     let flops = attention.cost(&problem.shape, DType::F32).flops;
     let peak = || limits::fma_peak_quick(at.isa, at.threads).expect("the machine's limit");
     let before = peak();
-    let seconds = measure(c, name, &format!("{}, {} threads", at.isa, at.threads), flops, &mut once);
+    let measured = measure(c, name, &format!("{}, {} threads", at.isa, at.threads), flops, &mut once);
+    let Some(seconds) = measured else { return };
     let peak = before.max(peak());
     let (rate, tokens) = (flops as f64 / seconds / 1e9, problem.shape.rows() as f64 / seconds);
     println!(
@@ -113,8 +114,14 @@ pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem
     );
 }
 
-/// Measures `once` with criterion; returns the median seconds of a run.
-pub fn measure(c: &mut Criterion, name: &str, setting: &str, flops: u64, once: &mut dyn FnMut()) -> f64 {
+/// Measures `once` with criterion; returns the median seconds of a run, or `None` where a filter left the case out.
+pub fn measure(
+    c: &mut Criterion,
+    name: &str,
+    setting: &str,
+    flops: u64,
+    once: &mut dyn FnMut(),
+) -> Option<f64> {
     let mut seconds = Vec::new();
     let mut group = c.benchmark_group(name);
     if flops > 0 {
@@ -132,5 +139,5 @@ pub fn measure(c: &mut Criterion, name: &str, setting: &str, flops: u64, once: &
     });
     group.finish();
     seconds.sort_by(f64::total_cmp);
-    seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN)
+    seconds.get(seconds.len() / 2).copied()
 }
