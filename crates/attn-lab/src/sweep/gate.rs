@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// Nats a byte that count as a difference.
 pub const MARGIN: f64 = 0.01;
 
+/// The largest length judged: twice what the model saw in training. Beyond it a gate takes longer than the sweep.
+const LARGEST: usize = 65_536;
+
 /// About the length that is timed first.
 const PROBE: usize = 4096;
 
@@ -24,7 +27,7 @@ pub struct Gate {
     pub key: String,
     /// One row a length.
     pub rows: Vec<GateRow>,
-    /// Lengths without a row, for lack of time or text.
+    /// Lengths without a row: too large, or for lack of time or text.
     pub missing: Vec<usize>,
 }
 
@@ -48,7 +51,8 @@ impl Gate {
 
     fn compute(source: &LmText, lengths: &[usize], time: Duration) -> Result<Self> {
         let text = source.text();
-        let mut within: Vec<usize> = lengths.iter().copied().filter(|n| *n < text.len()).collect();
+        let mut within: Vec<usize> =
+            lengths.iter().copied().filter(|n| *n < text.len() && *n <= LARGEST).collect();
         within.sort_unstable();
         // The time of a length grows with it; one length that is quick and no longer all overhead says how fast this
         // machine is.
@@ -70,7 +74,11 @@ impl Gate {
     /// Whether the gate holds, with the figures that decide it.
     pub fn verdict(&self) -> (bool, String) {
         let (Some(first), Some(last)) = (self.rows.first(), self.rows.last()) else {
-            return (false, "the gate was not computed: text or time is too short".into());
+            return (
+                false,
+                "the gate was not computed: no length is short enough for the text, the time and the model"
+                    .into(),
+            );
         };
         let mut lowest = f64::INFINITY;
         let mut rise: f64 = 0.0;
