@@ -19,6 +19,19 @@ pub struct OptionSpec {
     pub help: &'static str,
 }
 
+impl OptionSpec {
+    /// `causal`, off unless given.
+    pub const CAUSAL: Self = Self {
+        name: "causal",
+        default: "false",
+        help: "a query sees no key after its position (true|false)",
+    };
+
+    /// `scale` of softmax scores.
+    pub const SCALE: Self =
+        Self { name: "scale", default: "", help: "multiplies raw dot products; default 1/sqrt(head_dim)" };
+}
+
 /// A registered variant.
 #[derive(Clone, Copy)]
 pub struct Entry {

@@ -8,14 +8,6 @@ use attn_core::registry::{
 use attn_core::score::{Alibi, Bias, ScoreMod, Unchanged};
 use attn_core::{AttnError, Family, Result};
 
-const CAUSAL: OptionSpec = OptionSpec {
-    name: "causal",
-    default: "false",
-    help: "a query sees no key after its position (true|false)",
-};
-const SCALE: OptionSpec =
-    OptionSpec { name: "scale", default: "", help: "multiplies raw dot products; default 1/sqrt(head_dim)" };
-
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
     vec![
@@ -24,8 +16,8 @@ pub fn registry() -> Vec<Entry> {
             family: Family::Exact,
             summary: "Exact softmax attention by tiles, online softmax (Vaswani et al. 2017; Dao et al. 2022)",
             options: &[
-                CAUSAL,
-                SCALE,
+                OptionSpec::CAUSAL,
+                OptionSpec::SCALE,
                 OptionSpec {
                     name: "align",
                     default: "bottom-right",
@@ -42,7 +34,7 @@ pub fn registry() -> Vec<Entry> {
             name: "naive",
             family: Family::Exact,
             summary: "Exact softmax attention row by row in plain loops, to compare with (Vaswani et al. 2017)",
-            options: &[CAUSAL, SCALE],
+            options: &[OptionSpec::CAUSAL, OptionSpec::SCALE],
             constructor: |options| {
                 let causal = options.get_or("causal", false)?;
                 Ok(Box::new(Naive { softmax_scale: options.get("scale")?, causal }))

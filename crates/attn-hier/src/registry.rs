@@ -11,21 +11,13 @@ pub fn registry() -> Vec<Entry> {
         family: Family::Hier,
         summary: "Near keys one by one, far ones by means over doubling blocks (Zhu and Soricut 2021)",
         options: &[
-            OptionSpec {
-                name: "causal",
-                default: "false",
-                help: "a query sees no key after its position (true|false)",
-            },
+            OptionSpec::CAUSAL,
             OptionSpec {
                 name: "block_size",
                 default: "64",
                 help: "nodes of a block, even: a query sees its own block and both neighbours token by token",
             },
-            OptionSpec {
-                name: "scale",
-                default: "",
-                help: "multiplies raw dot products; default 1/sqrt(head_dim)",
-            },
+            OptionSpec::SCALE,
         ],
         constructor: |options| {
             let block_size = options.get_or("block_size", HTransformer::DEFAULT_BLOCK)?;

@@ -5,11 +5,6 @@ use crate::{CHUNK_LEN, Gammas, Linear, LinearAttention, LinearElu, RetNet, Varia
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like};
 use attn_core::{AttnError, Family, Result};
 
-const CAUSAL: OptionSpec = OptionSpec {
-    name: "causal",
-    default: "false",
-    help: "a query sees no key after its position (true|false)",
-};
 const CHUNK: OptionSpec =
     OptionSpec { name: "chunk_len", default: "64", help: "tokens the chunked form handles at once" };
 const SCALE: OptionSpec =
@@ -22,7 +17,7 @@ pub fn registry() -> Vec<Entry> {
             name: "linear",
             family: Family::Linear,
             summary: "Linear attention, neither mapped nor normalised: fast weights (Schmidhuber 1992)",
-            options: &[CAUSAL, SCALE, CHUNK],
+            options: &[OptionSpec::CAUSAL, SCALE, CHUNK],
             constructor: |options| Ok(Box::new(LinearAttention::new(linear(options)?))),
             runner: |_, options, tensors| {
                 tensors.only("linear", &["q", "k", "v", "initial_state"])?;
@@ -34,7 +29,7 @@ pub fn registry() -> Vec<Entry> {
             family: Family::Linear,
             summary: "Linear attention with elu + 1 features and a normaliser (Katharopoulos et al. 2020)",
             options: &[
-                CAUSAL,
+                OptionSpec::CAUSAL,
                 OptionSpec { name: "scale", default: "1", help: "multiplies the weights" },
                 OptionSpec { name: "eps", default: "1e-10", help: "added to the sum of weights" },
                 CHUNK,

@@ -4,9 +4,6 @@ use crate::{ChunkedCausal, Pattern, SinkWindow, SlidingWindow, SparseAttention};
 use attn_core::registry::{Entry, OptionSpec, Options, run_qkv};
 use attn_core::{Attention, AttnError, Family, Result};
 
-const SCALE: OptionSpec =
-    OptionSpec { name: "scale", default: "", help: "multiplies raw dot products; default 1/sqrt(head_dim)" };
-
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
     vec![
@@ -31,7 +28,7 @@ pub fn registry() -> Vec<Entry> {
                     default: "",
                     help: "keys after the query, instead of window - 1",
                 },
-                SCALE,
+                OptionSpec::SCALE,
             ],
             constructor: |options| build(options, sliding_window(options)?),
             runner: run_qkv,
@@ -51,7 +48,7 @@ pub fn registry() -> Vec<Entry> {
                     default: "512",
                     help: "last keys seen, the query's own included",
                 },
-                SCALE,
+                OptionSpec::SCALE,
             ],
             constructor: |options| {
                 if !options.get_or("causal", true)? {
@@ -71,7 +68,10 @@ pub fn registry() -> Vec<Entry> {
             name: ChunkedCausal::NAME,
             family: Family::Sparse,
             summary: "Keys of the query's own chunk, causal (Llama 4's local layers, Meta 2025)",
-            options: &[OptionSpec { name: "chunk_len", default: "512", help: "positions of a chunk" }, SCALE],
+            options: &[
+                OptionSpec { name: "chunk_len", default: "512", help: "positions of a chunk" },
+                OptionSpec::SCALE,
+            ],
             constructor: |options| {
                 build(options, ChunkedCausal { chunk_len: at_least_1(options, "chunk_len")? })
             },

@@ -125,7 +125,7 @@ pub fn gate(gate: &Gate) -> Table {
         })
         .collect();
     rows.extend(gate.missing.iter().map(|n| {
-        let why = "not computed (text or time too short)".to_string();
+        let why = "not computed (too long for the text, the time or the model)".to_string();
         vec![units::length(*n), why, String::new(), String::new(), String::new()]
     }));
     Table { rows, header }
