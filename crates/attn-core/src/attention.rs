@@ -1,7 +1,8 @@
 //! The contract of every variant.
 
 use crate::exact::Reference;
-use crate::{AttnError, AttnShape, Cost, DType, OutMut, Profile, Qkv, Result};
+use crate::{AttnError, AttnShape, Cost, DType, OutMut, Profile, Qkv, Result, TensorView};
+use std::any::Any;
 use std::sync::Arc;
 
 /// An attention variant with its configuration.
@@ -40,6 +41,11 @@ pub trait Attention: Send + Sync {
     fn as_streaming(&self) -> Option<&dyn Streaming> {
         None
     }
+
+    /// The variant with its gradients, if it has a backward pass.
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        None
+    }
 }
 
 /// A variant whose rows are softmax rows: it also gives their log-sum-exp, so that partial results merge exactly
@@ -62,6 +68,94 @@ pub fn check_lse(lse: &[f32], shape: &AttnShape) -> Result<()> {
         return Ok(());
     }
     Err(AttnError::shape("lse", "rows", lse.len(), shape.rows()))
+}
+
+/// A variant with a backward pass.
+pub trait Differentiable: Attention {
+    /// As [`Attention::forward`], and gives what [`Differentiable::backward`] needs besides inputs and output
+    /// (log-sum-exps, chunk states): `O(n)` memory, never a score matrix.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved>;
+
+    /// Writes the gradients of a loss with respect to q, k and v, given its gradient with respect to the output.
+    /// `x`, `out` and `saved` are those of one [`Differentiable::forward_saving`] call. Deterministic: the same bits for
+    /// any number of threads.
+    ///
+    /// # Errors
+    /// [`AttnError`] naming the argument that does not fit; nothing has then been written.
+    fn backward(
+        &self,
+        x: Qkv<'_>,
+        out: TensorView<'_>,
+        saved: &Saved,
+        grad_out: TensorView<'_>,
+        grads: QkvGrads<'_>,
+    ) -> Result<()>;
+}
+
+/// What a forward pass keeps for the backward pass of the same variant.
+pub struct Saved(Box<dyn Any + Send + Sync>);
+
+impl Saved {
+    /// Keeps `value`.
+    pub fn new<T: Send + Sync + 'static>(value: T) -> Self {
+        Self(Box::new(value))
+    }
+
+    /// What was kept.
+    ///
+    /// # Errors
+    /// [`AttnError::Value`] if another variant made it.
+    pub fn get<T: 'static>(&self) -> Result<&T> {
+        self.0.downcast_ref().ok_or_else(|| {
+            let expected =
+                format!("what this variant's forward_saving gave ({})", std::any::type_name::<T>());
+            AttnError::value("saved", "that of another variant", expected)
+        })
+    }
+}
+
+/// Gradients with respect to the three inputs, each of the shape and dtype of its input.
+#[derive(Debug)]
+pub struct QkvGrads<'a> {
+    /// `[batch, n_heads_q, n_q, head_dim]`.
+    pub q: OutMut<'a>,
+    /// `[batch, n_heads_kv, n_kv, head_dim]`.
+    pub k: OutMut<'a>,
+    /// `[batch, n_heads_kv, n_kv, head_dim_v]`.
+    pub v: OutMut<'a>,
+}
+
+impl QkvGrads<'_> {
+    /// Checks shapes and dtypes against the inputs.
+    ///
+    /// # Errors
+    /// [`AttnError::Shape`] or [`AttnError::DType`] naming the gradient.
+    pub fn check(&self, x: &Qkv<'_>) -> Result<()> {
+        check_like("grad_q", self.q.shape(), self.q.dtype(), x.q())?;
+        check_like("grad_k", self.k.shape(), self.k.dtype(), x.k())?;
+        check_like("grad_v", self.v.shape(), self.v.dtype(), x.v())
+    }
+}
+
+/// Checks that a tensor called `name` has the shape and dtype of `like`.
+///
+/// # Errors
+/// [`AttnError::Shape`] or [`AttnError::DType`] naming what differs.
+pub fn check_like(name: &str, shape: [usize; 4], dtype: DType, like: &TensorView<'_>) -> Result<()> {
+    let expected = like.shape();
+    for (a, axis) in ["batch", "heads", "length", "width"].into_iter().enumerate() {
+        if shape[a] != expected[a] {
+            return Err(AttnError::shape(name, axis, shape[a], expected[a]));
+        }
+    }
+    if dtype == like.dtype() {
+        return Ok(());
+    }
+    let (found, expected) = (dtype.to_string(), like.dtype().to_string());
+    Err(AttnError::DType { tensor: name.into(), found, expected })
 }
 
 /// What stays the same during a stream.
@@ -179,5 +273,9 @@ impl<A: Attention + ?Sized> Attention for Arc<A> {
 
     fn as_streaming(&self) -> Option<&dyn Streaming> {
         (**self).as_streaming()
+    }
+
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        (**self).as_differentiable()
     }
 }

@@ -1,6 +1,6 @@
 //! The common ground of the `attn` workspace.
 //!
-//! - **The contract**: [`Attention`] with its companions [`SoftmaxAttention`] and [`Streaming`]; what a variant
+//! - **The contract**: [`Attention`] with its companions [`SoftmaxAttention`], [`Streaming`] and [`Differentiable`]; what a variant
 //!   promises ([`Profile`]) and costs ([`Cost`]); variants by name ([`registry`]).
 //! - **The problem**: sizes ([`AttnShape`]), strided views ([`View`], [`Qkv`], [`OutMut`]), who sees whom ([`mask`]),
 //!   what happens to scores ([`score`]).
@@ -31,7 +31,10 @@ pub mod simd;
 pub mod tile;
 pub mod view;
 
-pub use attention::{Attention, SoftmaxAttention, StreamShape, StreamState, Streaming, check_lse};
+pub use attention::{
+    Attention, Differentiable, QkvGrads, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming,
+    check_like, check_lse,
+};
 pub use cost::{Cost, band_pairs, softmax_flops};
 pub use element::{DType, Element};
 pub use error::{AttnError, Result};

@@ -14,6 +14,14 @@ pub trait ScoreMod: Sync {
     /// The definition in f64, for the oracle.
     fn apply_f64(&self, score: f64, at: Pair) -> f64;
 
+    /// `d apply(score) / d score`, for the backward pass.
+    fn derivative(&self, score: f32, at: Pair) -> f32;
+
+    /// Whether [`ScoreMod::derivative`] is known; a backward pass through one that is not is an error.
+    fn has_derivative(&self) -> bool {
+        true
+    }
+
     /// True if `apply` returns the score as it is; the kernel then skips it.
     #[inline(always)]
     fn is_identity(&self) -> bool {
@@ -29,6 +37,15 @@ impl<T: ScoreMod + ?Sized> ScoreMod for &T {
 
     fn apply_f64(&self, score: f64, at: Pair) -> f64 {
         (**self).apply_f64(score, at)
+    }
+
+    #[inline(always)]
+    fn derivative(&self, score: f32, at: Pair) -> f32 {
+        (**self).derivative(score, at)
+    }
+
+    fn has_derivative(&self) -> bool {
+        (**self).has_derivative()
     }
 
     #[inline(always)]
@@ -49,6 +66,15 @@ impl<C: ScoreMod> ScoreMod for Option<C> {
     }
 
     #[inline(always)]
+    fn derivative(&self, score: f32, at: Pair) -> f32 {
+        self.as_ref().map_or(1.0, |score_mod| score_mod.derivative(score, at))
+    }
+
+    fn has_derivative(&self) -> bool {
+        self.as_ref().is_none_or(ScoreMod::has_derivative)
+    }
+
+    #[inline(always)]
     fn is_identity(&self) -> bool {
         self.as_ref().is_none_or(ScoreMod::is_identity)
     }
@@ -66,6 +92,11 @@ impl ScoreMod for Unchanged {
 
     fn apply_f64(&self, score: f64, _: Pair) -> f64 {
         score
+    }
+
+    #[inline(always)]
+    fn derivative(&self, _: f32, _: Pair) -> f32 {
+        1.0
     }
 
     #[inline(always)]
@@ -100,6 +131,12 @@ impl ScoreMod for SoftCap {
     fn apply_f64(&self, score: f64, _: Pair) -> f64 {
         let cap = f64::from(self.0);
         cap * (score / cap).tanh()
+    }
+
+    #[inline(always)]
+    fn derivative(&self, score: f32, _: Pair) -> f32 {
+        let tanh = (score / self.0).tanh();
+        1.0 - tanh * tanh
     }
 }
 
@@ -149,6 +186,11 @@ impl ScoreMod for Alibi {
     fn apply_f64(&self, score: f64, at: Pair) -> f64 {
         score - f64::from(self.slopes[at.head]) * self.distance(at) as f64
     }
+
+    #[inline(always)]
+    fn derivative(&self, _: f32, _: Pair) -> f32 {
+        1.0
+    }
 }
 
 /// Adds a dense tensor, broadcast over the axes on which it has length 1.
@@ -183,9 +225,15 @@ impl ScoreMod for Bias<'_> {
     fn apply_f64(&self, score: f64, at: Pair) -> f64 {
         score + f64::from(self.at(at))
     }
+
+    #[inline(always)]
+    fn derivative(&self, _: f32, _: Pair) -> f32 {
+        1.0
+    }
 }
 
-/// A closure `(score, pair) -> score`, compiled into the kernel.
+/// A closure `(score, pair) -> score`, compiled into the kernel. Its derivative is not known; for a backward pass use
+/// [`ScoreFnWithDerivative`].
 #[derive(Debug, Clone, Copy)]
 pub struct ScoreFn<F>(pub F);
 
@@ -197,6 +245,39 @@ impl<F: Fn(f32, Pair) -> f32 + Sync> ScoreMod for ScoreFn<F> {
 
     fn apply_f64(&self, score: f64, at: Pair) -> f64 {
         f64::from((self.0)(score as f32, at))
+    }
+
+    #[inline(always)]
+    fn derivative(&self, _: f32, _: Pair) -> f32 {
+        f32::NAN
+    }
+
+    fn has_derivative(&self) -> bool {
+        false
+    }
+}
+
+/// A closure `(score, pair) -> score` and its derivative with respect to the score, `(score, pair) -> slope`.
+#[derive(Debug, Clone, Copy)]
+pub struct ScoreFnWithDerivative<F, D>(pub F, pub D);
+
+impl<F, D> ScoreMod for ScoreFnWithDerivative<F, D>
+where
+    F: Fn(f32, Pair) -> f32 + Sync,
+    D: Fn(f32, Pair) -> f32 + Sync,
+{
+    #[inline(always)]
+    fn apply(&self, score: f32, at: Pair) -> f32 {
+        (self.0)(score, at)
+    }
+
+    fn apply_f64(&self, score: f64, at: Pair) -> f64 {
+        f64::from((self.0)(score as f32, at))
+    }
+
+    #[inline(always)]
+    fn derivative(&self, score: f32, at: Pair) -> f32 {
+        (self.1)(score, at)
     }
 }
 
@@ -212,6 +293,15 @@ impl<A: ScoreMod, B: ScoreMod> ScoreMod for Then<A, B> {
 
     fn apply_f64(&self, score: f64, at: Pair) -> f64 {
         self.1.apply_f64(self.0.apply_f64(score, at), at)
+    }
+
+    #[inline(always)]
+    fn derivative(&self, score: f32, at: Pair) -> f32 {
+        self.1.derivative(self.0.apply(score, at), at) * self.0.derivative(score, at)
+    }
+
+    fn has_derivative(&self) -> bool {
+        self.0.has_derivative() && self.1.has_derivative()
     }
 
     #[inline(always)]
@@ -241,6 +331,20 @@ mod tests {
             let (got, want) = (score_mod.apply(1.7, AT), score_mod.apply_f64(f64::from(1.7f32), AT));
             assert!((f64::from(got) - want).abs() < 1e-5, "mod {m}: {got} and {want}");
         }
+    }
+
+    #[test]
+    fn derivatives_are_those_of_the_definition() {
+        let cap = SoftCap::new(3.0).unwrap();
+        let square = ScoreFnWithDerivative(|s: f32, _| s * s, |s, _| 2.0 * s);
+        let mods: [&dyn ScoreMod; 4] = [&Unchanged, &cap, &square, &Then(cap, square)];
+        for (m, score_mod) in mods.iter().enumerate() {
+            let at = |s: f64| score_mod.apply_f64(s, AT);
+            let slope = (at(1.25 + 0.0625) - at(1.25 - 0.0625)) / 0.125;
+            let got = f64::from(score_mod.derivative(1.25, AT));
+            assert!((got - slope).abs() < 2e-3, "mod {m}: {got} and {slope}");
+        }
+        assert!(!Then(cap, ScoreFn(|s, _| s)).has_derivative());
     }
 
     #[test]
