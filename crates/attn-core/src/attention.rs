@@ -134,18 +134,26 @@ impl QkvGrads<'_> {
     /// # Errors
     /// [`AttnError::Shape`] or [`AttnError::DType`] naming the gradient.
     pub fn check(&self, x: &Qkv<'_>) -> Result<()> {
-        check_like("grad_q", self.q.shape(), self.q.dtype(), x.q())?;
-        check_like("grad_k", self.k.shape(), self.k.dtype(), x.k())?;
-        check_like("grad_v", self.v.shape(), self.v.dtype(), x.v())
+        let s = x.shape();
+        check_like("grad_q", self.q.shape(), self.q.dtype(), x.q(), s.head_dim)?;
+        check_like("grad_k", self.k.shape(), self.k.dtype(), x.k(), s.head_dim)?;
+        check_like("grad_v", self.v.shape(), self.v.dtype(), x.v(), s.head_dim_v)
     }
 }
 
-/// Checks that a tensor called `name` has the shape and dtype of `like`.
+/// Checks that a tensor called `name` has the shape and dtype of `like`, with rows of `width`.
 ///
 /// # Errors
 /// [`AttnError::Shape`] or [`AttnError::DType`] naming what differs.
-pub fn check_like(name: &str, shape: [usize; 4], dtype: DType, like: &TensorView<'_>) -> Result<()> {
-    let expected = like.shape();
+pub fn check_like(
+    name: &str,
+    shape: [usize; 4],
+    dtype: DType,
+    like: &TensorView<'_>,
+    width: usize,
+) -> Result<()> {
+    let [batch, heads, n, _] = like.shape();
+    let expected = [batch, heads, n, width];
     for (a, axis) in ["batch", "heads", "length", "width"].into_iter().enumerate() {
         if shape[a] != expected[a] {
             return Err(AttnError::shape(name, axis, shape[a], expected[a]));

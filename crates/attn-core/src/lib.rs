@@ -38,7 +38,7 @@ pub use attention::{
 pub use cost::{Cost, band_pairs, softmax_flops};
 pub use element::{DType, Element};
 pub use error::{AttnError, Result};
-pub use problem::{OutMut, Qkv, TensorView, TypedOp, TypedQkv};
+pub use problem::{OutMut, OutRows, Qkv, TensorView, TypedOp, TypedQkv};
 pub use profile::{Causality, Family, Growth, Profile, Target};
 pub use shape::{AttnShape, softmax_scale_or_default};
 pub use view::{View, ViewMut};

@@ -1,8 +1,9 @@
 //! One attention call: dtype-tagged views of q, k, v and of the output.
 
-use crate::view::{View, ViewMut};
+use crate::view::{BlockMut, RowsMut, View, ViewMut};
 use crate::{AttnError, AttnShape, DType, Element, Result};
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// A read-only view whose dtype is known at run time.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +65,7 @@ impl<'a> TensorView<'a> {
     ///
     /// # Panics
     /// If the range does not lie inside the axis.
-    pub fn narrow(&self, range: std::ops::Range<usize>) -> Self {
+    pub fn narrow(&self, range: Range<usize>) -> Self {
         match self {
             Self::F32(v) => Self::F32(v.narrow(range)),
             Self::Bf16(v) => Self::Bf16(v.narrow(range)),
@@ -245,6 +246,57 @@ impl OutMut<'_> {
             Self::F32(v) => OutMut::F32(v.reborrow()),
             Self::Bf16(v) => OutMut::Bf16(v.reborrow()),
             Self::F16(v) => OutMut::F16(v.reborrow()),
+        }
+    }
+}
+
+impl<'a> OutMut<'a> {
+    /// [`ViewMut::into_cuts`], whatever the dtype.
+    ///
+    /// # Panics
+    /// If the ranges are not sorted, disjoint and inside the length axis.
+    pub fn into_cuts(self, cuts: Vec<Range<usize>>) -> Vec<OutRows<'a>> {
+        fn tagged<'a, E: Element>(
+            out: ViewMut<'a, E>,
+            cuts: Vec<Range<usize>>,
+            tag: fn(RowsMut<'a, E>) -> OutRows<'a>,
+        ) -> Vec<OutRows<'a>> {
+            out.into_cuts(cuts).map(|BlockMut { out, .. }| tag(out)).collect()
+        }
+        match self {
+            Self::F32(out) => tagged(out, cuts, OutRows::F32),
+            Self::Bf16(out) => tagged(out, cuts, OutRows::Bf16),
+            Self::F16(out) => tagged(out, cuts, OutRows::F16),
+        }
+    }
+}
+
+/// Some rows of one head of an output whose dtype is known at run time.
+#[derive(Debug)]
+pub enum OutRows<'a> {
+    /// Single precision.
+    F32(RowsMut<'a, f32>),
+    /// bfloat16.
+    Bf16(RowsMut<'a, bf16>),
+    /// Half precision.
+    F16(RowsMut<'a, f16>),
+}
+
+impl OutRows<'_> {
+    /// Rounds `row` to the dtype and stores it as row `i`; numbers beyond the shorter of the two are left alone.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline(always)]
+    pub fn store(&mut self, i: usize, row: impl Iterator<Item = f32>) {
+        #[inline(always)]
+        fn typed<E: Element>(out: &mut RowsMut<'_, E>, i: usize, row: impl Iterator<Item = f32>) {
+            out.row_mut(i).iter_mut().zip(row).for_each(|(o, x)| *o = E::store(x));
+        }
+        match self {
+            Self::F32(out) => typed(out, i, row),
+            Self::Bf16(out) => typed(out, i, row),
+            Self::F16(out) => typed(out, i, row),
         }
     }
 }

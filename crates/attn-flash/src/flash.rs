@@ -88,8 +88,7 @@ impl Flash {
     ) -> Result<()> {
         let softmax_scale = softmax_scale_or_default(self.softmax_scale, x.shape().head_dim)?;
         let (mask, score_mod) = (And(self.band(&x.shape()), mask), Then(self.softcap()?, score_mod));
-        let spec =
-            Spec { softmax_scale, mask: &mask, score_mod: &score_mod, key_bias: None, tiles: self.tiles };
+        let spec = Spec { tiles: self.tiles, ..Spec::new(softmax_scale, &mask, &score_mod) };
         attend(x, out, lse, &spec)
     }
 

@@ -65,7 +65,7 @@ const SCALE: f32 = 0.25;
 type DynSpec<'a> = Spec<'a, dyn Mask + 'a, dyn ScoreMod + 'a>;
 
 fn spec<'a>(mask: &'a dyn Mask, score_mod: &'a dyn ScoreMod) -> DynSpec<'a> {
-    Spec { softmax_scale: SCALE, mask, score_mod, key_bias: None, tiles: None }
+    Spec::new(SCALE, mask, score_mod)
 }
 
 /// NaN must meet NaN and infinities must be equal: `<=` is false for NaN.
@@ -223,7 +223,7 @@ fn bad_arguments_are_errors_and_nothing_is_written() {
     let short_lse = run(Some(&mut [0.0; 7]), None, 1.0);
     assert!(short_lse.contains("lse: rows is 7, expected 8"), "{short_lse}");
     let short_bias = run(None, Some(&[0.0; 5]), 1.0);
-    assert!(short_bias.contains("key_bias: n_kv is 5, expected 6"), "{short_bias}");
+    assert!(short_bias.contains("key_bias: elements is 5, expected n_kv = 6"), "{short_bias}");
     let no_scale = run(None, None, f32::NAN);
     assert!(no_scale.contains("softmax_scale is NaN"), "{no_scale}");
     assert!(out.iter().all(|x| *x == 7.0));

@@ -60,7 +60,7 @@ impl<P: Pattern> SparseAttention<P> {
     fn attend(&self, x: Qkv<'_>, out: OutMut<'_>, lse: Option<&mut [f32]>) -> Result<()> {
         let softmax_scale = softmax_scale_or_default(self.softmax_scale, x.shape().head_dim)?;
         let mask = self.pattern.mask(&x.shape());
-        let spec = Spec { softmax_scale, mask: &mask, score_mod: &Unchanged, key_bias: None, tiles: None };
+        let spec = Spec::new(softmax_scale, &mask, &Unchanged);
         attend(x, out, lse, &spec)
     }
 }

@@ -10,6 +10,7 @@ pub use rows::Rows;
 pub use rows_mut::{BlockMut, RowsMut};
 
 use crate::{AttnError, Element, Result};
+use std::ops::Range;
 
 /// The four axes' names, for error messages.
 const AXES: [&str; 4] = ["batch", "heads", "length", "width"];
@@ -48,7 +49,7 @@ pub struct View<'a, E> {
     strides: [usize; 4],
 }
 
-impl<'a, E: Element> View<'a, E> {
+impl<'a, E: Copy> View<'a, E> {
     /// A view of `data`; `strides` are in elements. A stride of 0 repeats (broadcasts) an axis.
     ///
     /// # Errors
@@ -97,7 +98,7 @@ impl<'a, E: Element> View<'a, E> {
     ///
     /// # Panics
     /// If the range does not lie inside the axis.
-    pub fn narrow(&self, range: std::ops::Range<usize>) -> Self {
+    pub fn narrow(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.shape[2], "rows {range:?} of {:?}", self.shape);
         let mut shape = self.shape;
         shape[2] = range.len();
@@ -148,7 +149,18 @@ impl<'a, E: Element> ViewMut<'a, E> {
     /// Cuts the view into disjoint blocks of at most `block` rows of one head each, ready to be written by
     /// different threads. Order: batch, head, row.
     pub fn into_blocks(self, block: usize) -> impl Iterator<Item = BlockMut<'a, E>> {
-        rows_mut::blocks(self.data, self.shape, self.strides, block)
+        let n = self.shape[2];
+        let block = block.clamp(1, n.max(1));
+        let cuts = (0..n.div_ceil(block)).map(|t| t * block..((t + 1) * block).min(n)).collect();
+        rows_mut::blocks(self.data, self.shape, self.strides, cuts)
+    }
+
+    /// Cuts every head at the same ranges of rows; rows outside all of them are left alone. Order: batch, head, cut.
+    ///
+    /// # Panics
+    /// If the ranges are not sorted, disjoint and inside the length axis.
+    pub fn into_cuts(self, cuts: Vec<Range<usize>>) -> impl Iterator<Item = BlockMut<'a, E>> {
+        rows_mut::blocks(self.data, self.shape, self.strides, cuts)
     }
 
     /// Sets every element to zero.

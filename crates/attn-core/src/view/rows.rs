@@ -1,7 +1,5 @@
 //! The rows of one head.
 
-use crate::Element;
-
 /// A read-only matrix `[len, width]` whose rows are contiguous and `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a, E> {
@@ -11,7 +9,7 @@ pub struct Rows<'a, E> {
     stride: usize,
 }
 
-impl<'a, E: Element> Rows<'a, E> {
+impl<'a, E: Copy> Rows<'a, E> {
     /// `data` starts at row 0 and holds at least up to the end of the last row.
     ///
     /// # Panics

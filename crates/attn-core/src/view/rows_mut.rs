@@ -64,26 +64,29 @@ pub struct BlockMut<'a, E> {
     pub out: RowsMut<'a, E>,
 }
 
-/// Cuts a checked, non-overlapping layout (see `ViewMut::new`) into blocks of at most `block` rows.
+/// Cuts every head of a checked, non-overlapping layout (see `ViewMut::new`) into blocks of the rows `cuts`.
+///
+/// # Panics
+/// If the cuts are not sorted, disjoint and inside the length axis.
 pub(super) fn blocks<'a, E: Element>(
     data: &'a mut [E],
     shape: [usize; 4],
     strides: [usize; 4],
-    block: usize,
+    cuts: Vec<Range<usize>>,
 ) -> impl Iterator<Item = BlockMut<'a, E>> {
     let [n_batch, n_heads, n, width] = shape;
-    let block = block.clamp(1, n.max(1));
+    let sorted = cuts.windows(2).all(|pair| pair[0].end <= pair[1].start);
+    let inside = cuts.iter().all(|cut| cut.start <= cut.end && cut.end <= n);
+    assert!(sorted && inside, "cuts {cuts:?} of {n} rows");
     let base = data.as_mut_ptr();
     let n_heads_total = if n == 0 || width == 0 { 0 } else { n_batch * n_heads };
-    (0..n_heads_total).flat_map(move |at| {
-        let (batch, head) = (at / n_heads, at % n_heads);
-        (0..n.div_ceil(block)).map(move |t| {
-            let rows = t * block..((t + 1) * block).min(n);
-            let offset = batch * strides[0] + head * strides[1] + rows.start * strides[2];
-            // SAFETY: `offset` is the index of an element of the checked layout, hence inside `data`.
-            let first = unsafe { base.add(offset) };
-            let out = RowsMut { first, len: rows.len(), width, stride: strides[2], owner: PhantomData };
-            BlockMut { batch, head, rows, out }
-        })
+    (0..n_heads_total * cuts.len()).map(move |at| {
+        let (head, rows) = (at / cuts.len(), cuts[at % cuts.len()].clone());
+        let (batch, head) = (head / n_heads, head % n_heads);
+        let offset = batch * strides[0] + head * strides[1] + rows.start.min(n - 1) * strides[2];
+        // SAFETY: `offset` is the index of an element of the checked layout, hence inside `data`.
+        let first = unsafe { base.add(offset) };
+        let out = RowsMut { first, len: rows.len(), width, stride: strides[2], owner: PhantomData };
+        BlockMut { batch, head, rows, out }
     })
 }

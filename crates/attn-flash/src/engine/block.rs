@@ -8,41 +8,34 @@
 //! O^T = O^T + V^T P^T        [head_dim_v, 32]  outputs, not yet divided
 //! ```
 //!
-//! K and V are read where the caller keeps them (half types through a widened block).
+//! K and V are read where the caller keeps them (half types, pages and scattered keys through a gathered block).
 
 use super::Spec;
-use super::online_softmax::OnlineSoftmax;
+use super::chunks::{for_each_chunk, share_of, union};
+use super::finish::Total;
+use super::panel::Panel;
+use super::problem::Problem;
+use super::rows::Wide;
+use super::tasks::{Task, TaskOut};
 use crate::tiles::{PANEL, TileSizes};
-use attn_core::mask::{Cover, Head, Mask};
+use attn_core::AttnShape;
+use attn_core::mask::{Cover, Mask};
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose, widen};
-use attn_core::view::{BlockMut, Rows};
-use attn_core::{AttnShape, Element, TypedQkv};
+use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product};
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
 const MASK_STEP: usize = 32;
 
-/// One panel of queries: what it accumulates.
-struct Panel {
-    /// `[head_dim, PANEL]`, scaled.
-    q: Vec<f32>,
-    /// `[head_dim_v, PANEL]`.
-    acc: Vec<f32>,
-    softmax: OnlineSoftmax,
-    /// Query rows in the lanes.
-    rows: Range<usize>,
-    /// Keys these rows can see.
-    spans: Vec<Range<usize>>,
-}
-
 /// A thread's scratch, taken once.
 pub(super) struct Workspace {
     panels: Vec<Panel>,
+    /// `[PANEL, head_dim]`, for queries that are gathered or widened; empty until needed.
+    q_rows: Vec<f32>,
     /// `[block_kv, PANEL]`.
     scores: Vec<f32>,
-    /// `[block_kv, head_dim]` and `[block_kv, head_dim_v]`, for storage types that are not f32.
+    /// `[block_kv, head_dim]` and `[block_kv, head_dim_v]`, for keys that are not read in place.
     wide_k: Vec<f32>,
     wide_v: Vec<f32>,
     /// `[block_kv, head_dim_v]`, for values that are not finite; empty until one is met.
@@ -50,130 +43,116 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn new(shape: &AttnShape, tiles: TileSizes, widen: bool) -> Self {
-        let panel = || Panel {
-            q: vec![0.0; shape.head_dim * PANEL],
-            acc: vec![0.0; shape.head_dim_v * PANEL],
-            softmax: OnlineSoftmax::new(),
-            rows: 0..0,
-            spans: Vec::new(),
-        };
-        let n_panels = tiles.block_q().min(shape.n_q).div_ceil(PANEL);
+    pub(super) fn new(problem: &Problem<'_>, tiles: TileSizes) -> Self {
+        let shape = problem.shape();
+        let n_panels = tiles.block_q().min(shape.n_q * shape.group_size()).div_ceil(PANEL);
         let block_kv = tiles.block_kv().min(shape.n_kv);
-        let wide = |width: usize| vec![0.0; if widen { block_kv * width } else { 0 }];
         Self {
-            panels: (0..n_panels).map(|_| panel()).collect(),
+            panels: (0..n_panels).map(|_| Panel::new(shape.head_dim, shape.head_dim_v)).collect(),
+            q_rows: Vec::new(),
             scores: vec![0.0; block_kv * PANEL],
-            wide_k: wide(shape.head_dim),
-            wide_v: wide(shape.head_dim_v),
+            // Untouched pages of these cost nothing when keys are read in place.
+            wide_k: vec![0.0; block_kv * shape.head_dim],
+            wide_v: vec![0.0; block_kv * shape.head_dim_v],
             finite_v: Vec::new(),
         }
     }
 }
 
-/// The kernel: one block of queries of one head.
-pub(super) struct QueryBlock<'a, E, M: ?Sized, C: ?Sized> {
-    pub(super) x: &'a TypedQkv<'a, E>,
+/// The kernel: one task.
+pub(super) struct QueryBlock<'a, M: ?Sized, C: ?Sized> {
+    pub(super) problem: &'a Problem<'a>,
     pub(super) spec: &'a Spec<'a, M, C>,
     pub(super) tiles: TileSizes,
     pub(super) workspace: &'a mut Workspace,
-    pub(super) block: BlockMut<'a, E>,
-    pub(super) lse: Option<&'a mut [f32]>,
+    pub(super) task: Task<'a>,
 }
 
-/// Rows of K or V as f32: `row i = data[i * stride..]`.
-#[derive(Clone, Copy)]
-struct Wide<'a> {
-    data: &'a [f32],
-    stride: usize,
-}
-
-impl<'a> Wide<'a> {
-    /// The rows in place where they are f32 already, else widened into `scratch`.
-    #[inline(always)]
-    fn new<E: Element>(rows: Rows<'a, E>, scratch: &'a mut [f32]) -> Self {
-        match E::as_f32(rows.data()) {
-            Some(data) => Self { data, stride: rows.stride() },
-            None => {
-                widen(rows, scratch);
-                Self { data: scratch, stride: rows.width() }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn skip(self, row: usize) -> Self {
-        Self { data: &self.data[row * self.stride..], ..self }
-    }
-}
-
-impl<E: Element, M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, E, M, C> {
+impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
     type Output = ();
 
     #[inline(always)]
-    fn eval<S: Simd>(mut self, simd: S) {
-        let shape = self.x.shape;
-        let head = Head { batch: self.block.batch, head: self.block.head };
-        let kv_head = shape.kv_head(head.head);
-        let (k, v) = (self.x.k.head(head.batch, kv_head), self.x.v.head(head.batch, kv_head));
-        let rows = self.block.rows.clone();
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { problem, spec, tiles, workspace, task } = self;
+        let shape = problem.shape();
+        let kv_head = shape.kv_head(task.heads.start);
+        let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
+        let n_lanes = task.heads.len() * task.rows.len();
 
-        let n_panels = rows.len().div_ceil(PANEL);
-        let Workspace { panels, scores, wide_k, wide_v, finite_v } = &mut *self.workspace;
-        let panels = &mut panels[..n_panels];
-        let q = self.x.q.head(head.batch, head.head);
+        let Workspace { panels, q_rows, scores, wide_k, wide_v, finite_v } = workspace;
+        let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
-            let start = rows.start + p * PANEL;
-            panel.start(simd, start..(start + PANEL).min(rows.end), q, head, self.spec, shape.n_kv);
+            let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
+            panel.start(simd, problem, spec, &task, lanes, q_rows);
         }
 
-        let tile = Tile { spec: self.spec, head, shape };
-        for span in self.spec.mask.spans(head, rows.clone(), shape.n_kv) {
-            for first in span.clone().step_by(self.tiles.block_kv()) {
-                let keys = first..(first + self.tiles.block_kv()).min(span.end);
-                let k = Wide::new(k.slice(keys.clone()), wide_k);
-                let v = Wide::new(v.slice(keys.clone()), wide_v);
-                for panel in &mut *panels {
-                    for at in 0..panel.spans.len() {
-                        let seen = &panel.spans[at];
-                        let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
-                        if !seen.is_empty() {
-                            let skip = seen.start - keys.start;
-                            let keys = Keys { range: seen, k: k.skip(skip), v: v.skip(skip) };
-                            tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
-                        }
+        let mut spans = match &*panels {
+            [one] => one.spans.clone(),
+            many => union(many.iter().flat_map(|panel| panel.spans.iter().cloned()).collect()),
+        };
+        if let Some(share) = &task.share {
+            spans = share_of(&spans, share.clone());
+        }
+        let key_bias = spec.key_bias.map(|bias| match bias.len() == shape.n_kv {
+            true => &bias[problem.kv_range(task.sequence)],
+            false => {
+                let head = problem.batch_of(task.sequence) * shape.n_heads_kv + kv_head;
+                &bias[head * shape.n_kv..][problem.kv_range(task.sequence)]
+            }
+        });
+        let tile = Tile { spec, key_bias, shape };
+        for_each_chunk(&spans, tiles.block_kv(), |ranges| {
+            let k = k_rows.wide(ranges, wide_k);
+            let v = v_rows.wide(ranges, wide_v);
+            for panel in &mut *panels {
+                let [keys] = ranges else {
+                    tile.attend(simd, panel, Keys { ranges, k, v }, TileScratch { scores, finite_v });
+                    continue;
+                };
+                for at in 0..panel.spans.len() {
+                    let seen = &panel.spans[at];
+                    let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
+                    if !seen.is_empty() {
+                        let skip = seen.start - keys.start;
+                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip) };
+                        tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
                     }
                 }
             }
-        }
-        self.write(n_panels);
-    }
-}
-
-impl Panel {
-    #[inline(always)]
-    fn start<S: Simd, E: Element, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
-        &mut self,
-        simd: S,
-        rows: Range<usize>,
-        q: Rows<'_, E>,
-        head: Head,
-        spec: &Spec<'_, M, C>,
-        n_kv: usize,
-    ) {
-        transpose(simd, q.slice(rows.clone()), spec.softmax_scale, &mut self.q, PANEL);
-        self.acc.fill(0.0);
-        self.softmax = OnlineSoftmax::new();
-        self.spans = spec.mask.spans(head, rows.clone(), n_kv);
-        self.rows = rows;
+        });
+        write(panels, spec.sinks, task);
     }
 }
 
 /// Keys that a panel meets, and their rows: `k` and `v` start at the first of them.
 struct Keys<'a> {
-    range: Range<usize>,
+    ranges: &'a [Range<usize>],
     k: Wide<'a>,
     v: Wide<'a>,
+}
+
+impl Keys<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.ranges.iter().map(Range::len).sum()
+    }
+
+    /// Each range with the tile row of its first key.
+    #[inline(always)]
+    fn pieces(&self) -> impl Iterator<Item = (usize, &Range<usize>)> {
+        let mut next = 0;
+        self.ranges.iter().map(move |range| {
+            let first = next;
+            next += range.len();
+            (first, range)
+        })
+    }
+
+    /// Each key with its tile row.
+    #[inline(always)]
+    fn rows(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.pieces().flat_map(|(first, range)| (first..).zip(range.clone()))
+    }
 }
 
 /// Scratch for one tile; see [`Workspace`].
@@ -185,7 +164,8 @@ struct TileScratch<'a> {
 /// What all tiles of a block share.
 struct Tile<'a, M: ?Sized, C: ?Sized> {
     spec: &'a Spec<'a, M, C>,
-    head: Head,
+    /// `[keys of the sequence]`.
+    key_bias: Option<&'a [f32]>,
     shape: AttnShape,
 }
 
@@ -193,9 +173,10 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
     /// One panel against `keys`.
     #[inline(always)]
     fn attend<S: Simd>(&self, simd: S, panel: &mut Panel, keys: Keys<'_>, scratch: TileScratch<'_>) {
-        let cover = self.spec.mask.cover(self.head, panel.rows.clone(), keys.range.clone());
+        let mut covers = keys.ranges.iter().map(|range| panel.cover(self.spec.mask, range));
+        let first = covers.next().unwrap_or(Cover::Empty);
+        let cover = if covers.all(|cover| cover == first) { first } else { Cover::Partial };
         if cover != Cover::Empty {
-            // Nothing inside depends on the storage type: a function of its own, compiled once for all of them.
             simd.vectorize(
                 #[inline(always)]
                 || self.attend_seen(simd, panel, keys, scratch, cover),
@@ -212,8 +193,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         scratch: TileScratch<'_>,
         cover: Cover,
     ) {
-        let (k, v, n_keys) = (keys.k, keys.v, keys.range.len());
-        let lanes = panel.rows.len().next_multiple_of(S::f32s::LEN);
+        let (k, v, n_keys) = (keys.k, keys.v, keys.len());
+        let lanes = panel.n_lanes.next_multiple_of(S::f32s::LEN);
         let scores = &mut scratch.scores[..n_keys * PANEL];
         product(
             simd,
@@ -223,14 +204,14 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
             TileMut { data: scores, stride: PANEL },
             Start::Zero,
         );
-        self.modify(scores, &panel.rows, &keys.range);
-        let hidden = if cover == Cover::Partial { self.hide(scores, &panel.rows, &keys.range) } else { 0..0 };
+        self.modify(scores, panel, &keys);
+        let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
         panel.softmax.absorb(simd, scores, &mut panel.acc, lanes);
 
         // A weight of 0 times a value of NaN or infinity would leak what the row must not see.
         let mut suspects = if self.spec.score_mod.is_identity() { hidden } else { 0..n_keys };
         let size = [self.shape.head_dim_v, lanes, n_keys];
-        if suspects.any(|key| !all_finite(&v.data[key * v.stride..][..self.shape.head_dim_v])) {
+        if suspects.any(|key| !all_finite(v.row(key, self.shape.head_dim_v))) {
             accumulate_poisoned(simd, size, v, scores, &mut panel.acc, scratch.finite_v);
         } else {
             accumulate(simd, size, v, scores, &mut panel.acc);
@@ -239,38 +220,46 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
 
     /// Score mod and key bias.
     #[inline(always)]
-    fn modify(&self, scores: &mut [f32], rows: &Range<usize>, keys: &Range<usize>) {
+    fn modify(&self, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
         let score_mod = self.spec.score_mod;
-        let tile_rows = || keys.clone().zip(0..);
         if !score_mod.is_identity() {
-            for (j, at) in tile_rows() {
-                for (i, score) in rows.clone().zip(&mut scores[at * PANEL..][..PANEL]) {
-                    *score = score_mod.apply(*score, self.head.pair(i, j));
+            for (at, j) in keys.rows() {
+                let scores = &mut scores[at * PANEL..][..PANEL];
+                for segment in &panel.segments {
+                    for (score, i) in scores[segment.lane..].iter_mut().zip(segment.rows.clone()) {
+                        *score = score_mod.apply(*score, segment.pair(i, j));
+                    }
                 }
             }
         }
-        if let Some(bias) = self.spec.key_bias {
-            for (j, at) in tile_rows() {
+        if let Some(bias) = self.key_bias {
+            for (at, j) in keys.rows() {
                 scores[at * PANEL..][..PANEL].iter_mut().for_each(|s| *s += bias[j]);
             }
         }
     }
 
-    /// Sets the scores of pairs that are not seen to -inf; returns the tile rows (keys) that some row does not see.
+    /// Sets the scores of pairs that are not seen to -inf; returns the tile rows (keys) that some query does not see.
     #[inline(always)]
-    fn hide(&self, scores: &mut [f32], rows: &Range<usize>, keys: &Range<usize>) -> Range<usize> {
+    fn hide(&self, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) -> Range<usize> {
         let (mask, mut hidden) = (self.spec.mask, keys.len()..0);
-        for first in keys.clone().step_by(MASK_STEP) {
-            let step = first..(first + MASK_STEP).min(keys.end);
-            let cover = mask.cover(self.head, rows.clone(), step.clone());
-            if cover == Cover::Full {
-                continue;
-            }
-            hidden = hidden.start.min(step.start - keys.start)..step.end - keys.start;
-            for j in step {
-                for (i, score) in rows.clone().zip(&mut scores[(j - keys.start) * PANEL..][..PANEL]) {
-                    if cover == Cover::Empty || !mask.sees(self.head.pair(i, j)) {
-                        *score = f32::NEG_INFINITY;
+        for (at, range) in keys.pieces() {
+            for first in range.clone().step_by(MASK_STEP) {
+                let step = first..(first + MASK_STEP).min(range.end);
+                let top = at + first - range.start;
+                for segment in &panel.segments {
+                    let cover = mask.cover(segment.head, segment.rows.clone(), step.clone());
+                    if cover == Cover::Full {
+                        continue;
+                    }
+                    hidden = hidden.start.min(top)..hidden.end.max(top + step.len());
+                    for (j, row) in step.clone().zip(top..) {
+                        let scores = &mut scores[row * PANEL + segment.lane..(row + 1) * PANEL];
+                        for (score, i) in scores.iter_mut().zip(segment.rows.clone()) {
+                            if cover == Cover::Empty || !mask.sees(segment.pair(i, j)) {
+                                *score = f32::NEG_INFINITY;
+                            }
+                        }
                     }
                 }
             }
@@ -306,7 +295,7 @@ fn accumulate_poisoned<S: Simd>(
     finite_v.clear();
     finite_v.resize(n_keys * width, 0.0);
     for (key, copy) in finite_v.chunks_exact_mut(width).enumerate() {
-        let row = &v.data[key * v.stride..][..width];
+        let row = v.row(key, width);
         if all_finite(row) {
             copy.copy_from_slice(row);
             continue;
@@ -320,20 +309,32 @@ fn accumulate_poisoned<S: Simd>(
     accumulate(simd, [width, lanes, n_keys], Wide { data: finite_v, stride: width }, weights, acc);
 }
 
-impl<E: Element, M: ?Sized, C: ?Sized> QueryBlock<'_, E, M, C> {
-    /// Divides, rounds and stores the rows; writes the log-sum-exps.
-    #[inline(always)]
-    fn write(&mut self, n_panels: usize) {
-        for (p, panel) in self.workspace.panels[..n_panels].iter().enumerate() {
-            for lane in 0..panel.rows.len() {
-                let sum = panel.softmax.sum(lane);
-                let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-                let row = self.block.out.row_mut(p * PANEL + lane);
-                for (out, acc) in row.iter_mut().zip(panel.acc.as_chunks::<PANEL>().0) {
-                    *out = E::store(acc[lane] * inverse);
-                }
-                if let Some(lse) = &mut self.lse {
-                    lse[p * PANEL + lane] = panel.softmax.lse(lane);
+/// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged.
+#[inline(always)]
+fn write(panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>) {
+    for (p, panel) in panels.iter().enumerate() {
+        let columns = panel.acc.as_chunks::<PANEL>().0;
+        for segment in &panel.segments {
+            for (lane, i) in segment.lanes() {
+                let (reference, sum) = panel.softmax.state(lane);
+                match &mut task.out {
+                    TaskOut::Final(heads) => {
+                        let out = &mut heads[segment.head.head - task.heads.start];
+                        let row = i - task.rows.start;
+                        let sink = sinks.map(|sinks| sinks[segment.head.head]);
+                        let total = Total::new(std::iter::once((reference, sum)), sink);
+                        let weight = total.weight(reference);
+                        let element =
+                            |acc: &[f32; PANEL]| if weight == 0.0 { 0.0 } else { acc[lane] * weight };
+                        out.out.store(row, columns.iter().map(element));
+                        total.store_lse(out, row);
+                    }
+                    TaskOut::Partial(rows) => {
+                        let width = columns.len() + 2;
+                        let row = &mut rows[(p * PANEL + lane) * width..][..width];
+                        row.iter_mut().zip(columns).for_each(|(out, acc)| *out = acc[lane]);
+                        row[width - 2..].copy_from_slice(&[reference, sum]);
+                    }
                 }
             }
         }

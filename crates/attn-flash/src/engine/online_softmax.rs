@@ -10,7 +10,7 @@
 //!
 //! and at the end `out = acc / l`, `lse = m + ln l`. Exponentials are powers of two, `e^(s - m) = 2^(s log2 e - r)` with
 //! `r = m log2 e` rounded once: the multiply-add rounds the difference, not its parts, and whatever the rounding of `r`
-//! changes is the same for all weights of a row and comes back in `lse = (r + log2 l) ln 2`.
+//! changes is the same for all weights of a row and comes back in `lse = (r + log2 l) ln 2` (see `finish`).
 //!
 //! The reference `m` is moved only when a tile exceeds it by more than `ln 2^8` (lazy rescaling): until then the weights
 //! are larger than 1 but far from overflow, and nothing has to be rescaled. Sources: Milakov and Gimelshein 2018; Dao 2023 (FlashAttention-2), Algorithm 1.
@@ -79,16 +79,9 @@ impl OnlineSoftmax {
         }
     }
 
-    /// What `acc` of a lane is divided by; 0 for a lane that has seen nothing.
-    pub(super) fn sum(&self, lane: usize) -> f32 {
-        self.row_sum[lane]
-    }
-
-    /// The natural log-sum-exp of a lane; -inf for one that has seen nothing.
-    pub(super) fn lse(&self, lane: usize) -> f32 {
-        // In f64: both terms may be far larger than what is left of them.
-        let (reference, sum) = (f64::from(self.row_max[lane] * LOG2_E), f64::from(self.row_sum[lane]));
-        ((reference + sum.log2()) * std::f64::consts::LN_2) as f32
+    /// The reference (in units of `log2`, -inf for a lane that has seen nothing) and the sum of a lane.
+    pub(super) fn state(&self, lane: usize) -> (f32, f32) {
+        (self.row_max[lane] * LOG2_E, self.row_sum[lane])
     }
 }
 

@@ -187,7 +187,7 @@ impl HTransformer {
 }
 
 fn spec<'a, M: Mask>(softmax_scale: f32, mask: &'a M, key_bias: Option<&'a [f32]>) -> Spec<'a, M, Unchanged> {
-    Spec { softmax_scale, mask, score_mod: &Unchanged, key_bias, tiles: None }
+    Spec { key_bias, ..Spec::new(softmax_scale, mask, &Unchanged) }
 }
 
 impl Attention for HTransformer {

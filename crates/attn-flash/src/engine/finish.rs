@@ -1,0 +1,80 @@
+//! The end of a row: division by the normaliser, sink, log-sum-exp; and the merge of rows that were split.
+//!
+//! A row ends as an accumulator `acc`, a reference `r` (in units of `log2`) and a sum `l`, with weights `2^(s log2 e - r)`.
+//! With parts `p` over disjoint keys and a sink logit `b` that has no value:
+//!
+//! ```text
+//! R = max(r_p, b log2 e)          L = sum_p 2^(r_p - R) l_p + 2^(b log2 e - R)
+//! out = sum_p 2^(r_p - R) acc_p / L          lse = (R + log2 L) ln 2
+//! ```
+//!
+//! A part that has seen nothing has `r = -inf`, `l = 0` and contributes nothing. Source: Milakov and Gimelshein 2018.
+
+use attn_core::OutRows;
+use std::f32::consts::LOG2_E;
+use std::f64::consts::LN_2;
+
+/// The rows of one head that a task writes.
+#[derive(Debug)]
+pub(super) struct HeadOut<'a> {
+    pub(super) out: OutRows<'a>,
+    pub(super) lse: Option<&'a mut [f32]>,
+}
+
+/// Writes row `row` of `out` from its parts, each `[acc.., r, l]`.
+pub(super) fn merge<'p>(
+    parts: impl Iterator<Item = &'p [f32]> + Clone,
+    sink: Option<f32>,
+    out: &mut HeadOut<'_>,
+    row: usize,
+) {
+    let states = || parts.clone().filter_map(|part| part.split_last_chunk::<2>());
+    let total = Total::new(states().map(|(_, &[reference, sum])| (reference, sum)), sink);
+    let width = states().next().map_or(0, |(acc, _)| acc.len());
+    let element = |c: usize| {
+        states().fold(0.0, |sum, (acc, &[reference, _])| {
+            let weight = total.weight(reference);
+            // A part that weighs nothing adds nothing, even if it overflowed.
+            if weight == 0.0 { sum } else { sum + weight * acc[c] }
+        })
+    };
+    out.out.store(row, (0..width).map(element));
+    total.store_lse(out, row);
+}
+
+/// Normaliser of a row.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Total {
+    reference: f32,
+    sum: f32,
+}
+
+impl Total {
+    /// From the `(r, l)` of its parts, and the sink.
+    #[inline]
+    pub(super) fn new(parts: impl Iterator<Item = (f32, f32)> + Clone, sink: Option<f32>) -> Self {
+        let sink = sink.map_or(f32::NEG_INFINITY, |sink| sink * LOG2_E);
+        let reference = parts.clone().fold(sink, |max, (r, _)| max.max(r));
+        let share = |r: f32| if r == f32::NEG_INFINITY { 0.0 } else { (r - reference).exp2() };
+        let sum = parts.fold(share(sink), |sum, (r, l)| if l == 0.0 { sum } else { sum + share(r) * l });
+        Self { reference, sum }
+    }
+
+    /// What the accumulator of a part with reference `r` is multiplied by.
+    #[inline]
+    pub(super) fn weight(&self, r: f32) -> f32 {
+        if r == f32::NEG_INFINITY || self.sum == 0.0 {
+            return if self.sum.is_nan() { f32::NAN } else { 0.0 };
+        }
+        (r - self.reference).exp2() / self.sum
+    }
+
+    /// Writes the natural log-sum-exp of row `row`, if it is wanted.
+    #[inline]
+    pub(super) fn store_lse(&self, out: &mut HeadOut<'_>, row: usize) {
+        if let Some(lse) = &mut out.lse {
+            // In f64: both terms may be far larger than what is left of them.
+            lse[row] = ((f64::from(self.reference) + f64::from(self.sum).log2()) * LN_2) as f32;
+        }
+    }
+}

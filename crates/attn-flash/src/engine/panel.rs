@@ -1,0 +1,129 @@
+//! A panel: up to 32 queries of a task in the vector lanes, and what they accumulate.
+//!
+//! Lane `l` of panel `p` is query `x = 32 p + l` of the task, row `x % rows` of head `x / rows`. Usually all lanes are of
+//! one head; when queries are few, several heads that share keys stand side by side.
+
+use super::Spec;
+use super::chunks::union;
+use super::online_softmax::OnlineSoftmax;
+use super::problem::Problem;
+use super::rows::HeadRows;
+use super::tasks::Task;
+use crate::tiles::PANEL;
+use attn_core::mask::{Cover, Head, Mask, Pair};
+use attn_core::simd::Simd;
+use attn_core::tile::transpose;
+use attn_core::view::Rows;
+use std::ops::Range;
+
+/// Consecutive lanes with consecutive rows of one head.
+#[derive(Debug, Clone)]
+pub(super) struct Segment {
+    pub(super) head: Head,
+    pub(super) rows: Range<usize>,
+    /// Lane of the first row.
+    pub(super) lane: usize,
+}
+
+impl Segment {
+    /// The lanes with their query rows.
+    #[inline(always)]
+    pub(super) fn lanes(&self) -> impl Iterator<Item = (usize, usize)> {
+        (self.lane..).zip(self.rows.clone())
+    }
+
+    #[inline(always)]
+    pub(super) fn pair(&self, i: usize, j: usize) -> Pair {
+        self.head.pair(i, j)
+    }
+}
+
+/// See the module.
+pub(super) struct Panel {
+    /// `[head_dim, PANEL]`, scaled.
+    pub(super) q: Vec<f32>,
+    /// `[head_dim_v, PANEL]`, not yet divided.
+    pub(super) acc: Vec<f32>,
+    pub(super) softmax: OnlineSoftmax,
+    pub(super) segments: Vec<Segment>,
+    /// Lanes in use.
+    pub(super) n_lanes: usize,
+    /// Keys these queries can see.
+    pub(super) spans: Vec<Range<usize>>,
+}
+
+impl Panel {
+    pub(super) fn new(head_dim: usize, head_dim_v: usize) -> Self {
+        Self {
+            q: vec![0.0; head_dim * PANEL],
+            acc: vec![0.0; head_dim_v * PANEL],
+            softmax: OnlineSoftmax::new(),
+            segments: Vec::new(),
+            n_lanes: 0,
+            spans: Vec::new(),
+        }
+    }
+
+    /// Takes queries `lanes` (counted over heads and rows) of `task`. `rows` is scratch, `[PANEL, head_dim]`.
+    #[inline(always)]
+    pub(super) fn start<S: Simd, M: Mask + ?Sized, C: ?Sized>(
+        &mut self,
+        simd: S,
+        problem: &Problem<'_>,
+        spec: &Spec<'_, M, C>,
+        task: &Task<'_>,
+        lanes: Range<usize>,
+        rows: &mut Vec<f32>,
+    ) {
+        self.acc.fill(0.0);
+        self.softmax = OnlineSoftmax::new();
+        self.segments = segments(task, lanes.clone());
+        self.n_lanes = lanes.len();
+        let n_kv = problem.kv_range(task.sequence).len();
+        let spans = |s: &Segment| spec.mask.spans(s.head, s.rows.clone(), n_kv);
+        self.spans = match self.segments.as_slice() {
+            [one] => spans(one),
+            many => union(many.iter().flat_map(spans).collect()),
+        };
+
+        let q = |s: &Segment| problem.q_rows(task.sequence, s.head.head).slice(s.rows.clone());
+        let width = problem.shape().head_dim;
+        let single = match self.segments.as_slice() {
+            [one] => Some(q(one)),
+            _ => None,
+        };
+        if let Some(HeadRows::F32(rows)) = single {
+            return transpose(simd, rows, spec.softmax_scale, &mut self.q, PANEL);
+        }
+        rows.resize(PANEL * width, 0.0);
+        for segment in &self.segments {
+            q(segment).copy_to(&mut rows[segment.lane * width..]);
+        }
+        transpose(simd, Rows::new(rows, self.n_lanes, width, width), spec.softmax_scale, &mut self.q, PANEL);
+    }
+
+    /// How much of the panel sees `keys`.
+    #[inline(always)]
+    pub(super) fn cover<M: Mask + ?Sized>(&self, mask: &M, keys: &Range<usize>) -> Cover {
+        let cover = |s: &Segment| mask.cover(s.head, s.rows.clone(), keys.clone());
+        let mut covers = self.segments.iter().map(cover);
+        let first = covers.next().unwrap_or(Cover::Empty);
+        if covers.all(|cover| cover == first) { first } else { Cover::Partial }
+    }
+}
+
+/// Which heads and rows stand in `lanes` of a task.
+fn segments(task: &Task<'_>, lanes: Range<usize>) -> Vec<Segment> {
+    let n_rows = task.rows.len();
+    let mut segments = Vec::with_capacity(lanes.len().div_ceil(n_rows) + 1);
+    let mut at = lanes.start;
+    while at < lanes.end {
+        let (head, row) = (at / n_rows, at % n_rows);
+        let n = (n_rows - row).min(lanes.end - at);
+        let rows = task.rows.start + row..task.rows.start + row + n;
+        let head = Head { batch: task.sequence, head: task.heads.start + head };
+        segments.push(Segment { head, rows, lane: at - lanes.start });
+        at += n;
+    }
+    segments
+}

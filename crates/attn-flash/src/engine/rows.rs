@@ -1,0 +1,164 @@
+//! Rows of keys and values in whatever storage, read as f32.
+
+use super::problem::KvView;
+use attn_core::tile::widen;
+use attn_core::view::Rows;
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// The rows of one head.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum HeadRows<'a> {
+    F32(Rows<'a, f32>),
+    Bf16(Rows<'a, bf16>),
+    F16(Rows<'a, f16>),
+    /// Row `i` is `rows[i] * scales[(first + i) / block]`.
+    Int8 {
+        rows: Rows<'a, i8>,
+        scales: Rows<'a, f32>,
+        block: usize,
+        first: usize,
+    },
+}
+
+/// f32 rows: `row i = data[i * stride..]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wide<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+}
+
+impl<'a> Wide<'a> {
+    #[inline(always)]
+    pub(crate) fn skip(self, row: usize) -> Self {
+        Self { data: &self.data[row * self.stride..], ..self }
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(self, row: usize, width: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..width]
+    }
+}
+
+impl<'a> HeadRows<'a> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(rows) => rows.len(),
+            Self::Bf16(rows) => rows.len(),
+            Self::F16(rows) => rows.len(),
+            Self::Int8 { rows, .. } => rows.len(),
+        }
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        match self {
+            Self::F32(rows) => rows.width(),
+            Self::Bf16(rows) => rows.width(),
+            Self::F16(rows) => rows.width(),
+            Self::Int8 { rows, .. } => rows.width(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        match self {
+            Self::F32(rows) => Self::F32(rows.slice(range)),
+            Self::Bf16(rows) => Self::Bf16(rows.slice(range)),
+            Self::F16(rows) => Self::F16(rows.slice(range)),
+            Self::Int8 { rows, scales, block, first } => {
+                let first = first + range.start;
+                Self::Int8 { rows: rows.slice(range), scales: *scales, block: *block, first }
+            }
+        }
+    }
+
+    /// Row-major f32 copies in `out [len, width]`.
+    #[inline(always)]
+    pub(crate) fn copy_to(&self, out: &mut [f32]) {
+        match self {
+            Self::F32(rows) => widen(*rows, out),
+            Self::Bf16(rows) => widen(*rows, out),
+            Self::F16(rows) => widen(*rows, out),
+            Self::Int8 { rows, scales, block, first } => {
+                let width = rows.width().max(1);
+                for (i, (row, out)) in rows.iter().zip(out.chunks_exact_mut(width)).enumerate() {
+                    let scale = scales.row((first + i) / block)[0];
+                    out.iter_mut().zip(row).for_each(|(o, x)| *o = scale * f32::from(*x));
+                }
+            }
+        }
+    }
+
+    /// The rows in place where they are f32 already, else widened into `scratch`.
+    #[inline(always)]
+    pub(crate) fn wide<'s>(self, scratch: &'s mut [f32]) -> Wide<'s>
+    where
+        'a: 's,
+    {
+        if let Self::F32(rows) = self {
+            return Wide { data: rows.data(), stride: rows.stride() };
+        }
+        self.copy_to(scratch);
+        Wide { data: scratch, stride: self.width() }
+    }
+}
+
+/// Keys or values of one head of a sequence.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum KeyRows<'a> {
+    Strided(HeadRows<'a>),
+    /// Key `j` is row `j % page_size` of page `pages[j / page_size]`.
+    Paged {
+        view: KvView<'a>,
+        kv_head: usize,
+        pages: &'a [i32],
+        page_size: usize,
+    },
+}
+
+impl<'a> KeyRows<'a> {
+    pub(crate) fn width(&self) -> usize {
+        match self {
+            Self::Strided(rows) => rows.width(),
+            Self::Paged { view, .. } => view.shape()[3],
+        }
+    }
+
+    /// Consecutive keys that lie in one piece, from `keys.start` on.
+    #[inline]
+    pub(crate) fn piece(&self, keys: Range<usize>) -> HeadRows<'a> {
+        match self {
+            Self::Strided(rows) => rows.slice(keys),
+            Self::Paged { view, kv_head, pages, page_size } => {
+                let (page, slot) = (keys.start / page_size, keys.start % page_size);
+                view.page(pages[page], *kv_head).slice(slot..(slot + keys.len()).min(*page_size))
+            }
+        }
+    }
+
+    /// The keys of all `ranges`, one after another: in place if they are one piece of f32 rows, else gathered into
+    /// `scratch [keys, width]`.
+    #[inline]
+    pub(crate) fn wide<'s>(&self, ranges: &[Range<usize>], scratch: &'s mut [f32]) -> Wide<'s>
+    where
+        'a: 's,
+    {
+        if let [range] = ranges {
+            let piece = self.piece(range.clone());
+            if piece.len() == range.len() {
+                return piece.wide(scratch);
+            }
+        }
+        let (width, mut at) = (self.width(), 0);
+        for range in ranges {
+            let mut keys = range.clone();
+            while !keys.is_empty() {
+                let piece = self.piece(keys.clone());
+                piece.copy_to(&mut scratch[at * width..]);
+                at += piece.len();
+                keys.start += piece.len();
+            }
+        }
+        Wide { data: scratch, stride: width }
+    }
+}
