@@ -1,0 +1,26 @@
+//! Numbers that may differ by batch entry.
+
+use crate::{AttnError, AttnShape, Result};
+
+/// One value a batch entry, or one for all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PerBatch<T> {
+    values: Vec<T>,
+    /// 0 if one value serves all.
+    stride: usize,
+}
+
+impl<T: Copy> PerBatch<T> {
+    pub(super) fn new(name: &str, values: Vec<T>, shape: &AttnShape) -> Result<Self> {
+        let stride = usize::from(values.len() != 1);
+        if stride == 1 && values.len() != shape.batch {
+            return Err(AttnError::shape(name, "batch", values.len(), format!("1 or {}", shape.batch)));
+        }
+        Ok(Self { values, stride })
+    }
+
+    #[inline(always)]
+    pub(super) fn of(&self, batch: usize) -> T {
+        self.values[batch * self.stride]
+    }
+}
