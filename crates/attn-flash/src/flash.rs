@@ -1,15 +1,13 @@
 //! Exact attention for everyday use: full, causal and sliding-window masks, soft cap, grouped heads.
 
-use crate::engine::{Spec, attend};
 use crate::stream::{CachedStream, Kept};
 use crate::tiles::TileSizes;
-use attn_core::exact::{Exact, Reference};
-use attn_core::mask::{Align, And, Band, Mask, SeeAll};
-use attn_core::score::{ScoreMod, SoftCap, Then, Unchanged};
+use attn_core::exact::Reference;
+use attn_core::mask::{Align, Band};
+use attn_core::score::SoftCap;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
     SoftmaxAttention, StreamShape, StreamState, Streaming, Target, band_pairs, softmax_flops,
-    softmax_scale_or_default,
 };
 
 /// Exact softmax attention, `softmax(softmax_scale * q k^T) v`, in one pass over the keys with O(1) memory a row.
@@ -69,33 +67,8 @@ impl Flash {
         (band.left.is_some() || band.right.is_some()).then_some(band)
     }
 
-    fn softcap(&self) -> Result<Option<SoftCap>> {
+    pub(crate) fn softcap(&self) -> Result<Option<SoftCap>> {
         self.softcap.filter(|c| *c != 0.0).map(SoftCap::new).transpose()
-    }
-
-    /// Runs under any mask and score mod besides the configured ones, which stay in force: a pair must be seen by
-    /// both masks, and `score_mod` runs after the soft cap.
-    ///
-    /// # Errors
-    /// As [`Attention::forward`].
-    pub fn forward_with(
-        &self,
-        x: Qkv<'_>,
-        out: OutMut<'_>,
-        lse: Option<&mut [f32]>,
-        mask: &impl Mask,
-        score_mod: &impl ScoreMod,
-    ) -> Result<()> {
-        let softmax_scale = softmax_scale_or_default(self.softmax_scale, x.shape().head_dim)?;
-        let (mask, score_mod) = (And(self.band(&x.shape()), mask), Then(self.softcap()?, score_mod));
-        let spec = Spec { tiles: self.tiles, ..Spec::new(softmax_scale, &mask, &score_mod) };
-        attend(x, out, lse, &spec)
-    }
-
-    /// The visible band and the soft cap as the oracle takes them.
-    fn exact<'a>(&self, band: &'a Option<Band>, softcap: &'a Option<SoftCap>) -> Exact<'a> {
-        let softmax_scale = self.softmax_scale.map(f64::from);
-        Exact { softmax_scale, mask: band, score_mod: softcap, sinks: None }
     }
 }
 
@@ -131,11 +104,11 @@ impl Attention for Flash {
     }
 
     fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        self.forward_with(x, out, None, &SeeAll, &Unchanged)
+        self.call().forward(x, out, None)
     }
 
     fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
-        self.exact(&self.band(&x.shape()), &self.softcap()?).all(x)
+        self.call().definition(x)
     }
 
     fn as_softmax(&self) -> Option<&dyn SoftmaxAttention> {
@@ -149,7 +122,7 @@ impl Attention for Flash {
 
 impl SoftmaxAttention for Flash {
     fn forward_with_lse(&self, x: Qkv<'_>, out: OutMut<'_>, lse: &mut [f32]) -> Result<()> {
-        self.forward_with(x, out, Some(lse), &SeeAll, &Unchanged)
+        self.call().forward(x, out, Some(lse))
     }
 }
 

@@ -1,11 +1,12 @@
 //! Exact softmax attention by tiles, at the machine's limit.
 //!
-//! - [`Flash`]: exact attention, the variant to call.
+//! - [`Flash`]: exact attention, the variant to call; [`FlashCall`]: with masks, score mods and further tensors.
 //! - [`Naive`]: the same by the textbook, row by row: what to compare with.
 //! - [`engine`]: the softmax engine underneath, with any mask and score function; attn-sparse and attn-hier drive it.
 //! - [`stream`]: decoding with a key/value cache, for every variant of softmax attention.
 
 mod cache;
+mod call;
 pub mod engine;
 mod flash;
 mod naive;
@@ -13,6 +14,7 @@ mod registry;
 pub mod stream;
 mod tiles;
 
+pub use call::FlashCall;
 pub use flash::Flash;
 pub use naive::Naive;
 pub use registry::registry;

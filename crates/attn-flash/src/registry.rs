@@ -106,7 +106,7 @@ fn run_flash(_: &Entry, options: &Options, tensors: &NamedTensors) -> Result<Nam
     };
     let [batch, heads, n_q, _] = shape.out();
     let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; shape.rows()]);
-    flash.forward_with(x, out.as_out()?, Some(&mut lse), &mask, &score_mod)?;
+    flash.call().mask(mask).score_mod(score_mod).forward(x, out.as_out()?, Some(&mut lse))?;
     let lse = NamedTensor::f32("lse", &[batch, heads, n_q], lse)?;
     Ok(NamedTensors([("o".into(), out), ("lse".into(), lse)].into()))
 }
