@@ -1,0 +1,37 @@
+//! One score mod after another.
+
+use super::ScoreMod;
+use crate::mask::Pair;
+
+/// First `A`, then `B`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Then<A, B>(pub A, pub B);
+
+impl<A: ScoreMod, B: ScoreMod> ScoreMod for Then<A, B> {
+    #[inline(always)]
+    fn apply(&self, score: f32, at: Pair) -> f32 {
+        self.1.apply(self.0.apply(score, at), at)
+    }
+
+    fn apply_f64(&self, score: f64, at: Pair) -> f64 {
+        self.1.apply_f64(self.0.apply_f64(score, at), at)
+    }
+
+    #[inline(always)]
+    fn derivative(&self, score: f32, at: Pair) -> f32 {
+        self.1.derivative(self.0.apply(score, at), at) * self.0.derivative(score, at)
+    }
+
+    fn derivative_f64(&self, score: f64, at: Pair) -> f64 {
+        self.1.derivative_f64(self.0.apply_f64(score, at), at) * self.0.derivative_f64(score, at)
+    }
+
+    fn has_derivative(&self) -> bool {
+        self.0.has_derivative() && self.1.has_derivative()
+    }
+
+    #[inline(always)]
+    fn is_identity(&self) -> bool {
+        self.0.is_identity() && self.1.is_identity()
+    }
+}
