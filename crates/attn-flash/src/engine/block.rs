@@ -22,7 +22,8 @@ use attn_core::AttnShape;
 use attn_core::mask::{Cover, Mask};
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product};
+use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
+use attn_core::view::Rows;
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
@@ -31,8 +32,8 @@ const MASK_STEP: usize = 32;
 /// A thread's scratch, taken once.
 pub(super) struct Workspace {
     panels: Vec<Panel>,
-    /// `[PANEL, head_dim]`, for queries that are gathered or widened; empty until needed.
-    q_rows: Vec<f32>,
+    /// `[PANEL, head_dim or head_dim_v]`: queries that are gathered or widened, then outputs.
+    rows: Vec<f32>,
     /// `[block_kv, PANEL]`.
     scores: Vec<f32>,
     /// `[block_kv, head_dim]` and `[block_kv, head_dim_v]`, for keys that are not read in place.
@@ -49,7 +50,7 @@ impl Workspace {
         let block_kv = tiles.block_kv().min(shape.n_kv);
         Self {
             panels: (0..n_panels).map(|_| Panel::new(shape.head_dim, shape.head_dim_v)).collect(),
-            q_rows: Vec::new(),
+            rows: Vec::new(),
             scores: vec![0.0; block_kv * PANEL],
             // Untouched pages of these cost nothing when keys are read in place.
             wide_k: vec![0.0; block_kv * shape.head_dim],
@@ -79,11 +80,11 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
         let n_lanes = task.heads.len() * task.rows.len();
 
-        let Workspace { panels, q_rows, scores, wide_k, wide_v, finite_v } = workspace;
+        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v } = workspace;
         let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
             let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
-            panel.start(simd, problem, spec, &task, lanes, q_rows);
+            panel.start(simd, problem, spec, &task, lanes, rows);
         }
 
         let mut spans = match &*panels {
@@ -120,7 +121,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                 }
             }
         });
-        write(panels, spec.sinks, task);
+        write(simd, panels, spec.sinks, task, rows);
     }
 }
 
@@ -309,14 +310,17 @@ fn accumulate_poisoned<S: Simd>(
     accumulate(simd, [width, lanes, n_keys], Wide { data: finite_v, stride: width }, weights, acc);
 }
 
-/// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged.
+/// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged. `rows` is
+/// scratch, `[PANEL, head_dim_v]`.
 #[inline(always)]
-fn write(panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>) {
+fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>, rows: &mut Vec<f32>) {
     for (p, panel) in panels.iter().enumerate() {
-        let columns = panel.acc.as_chunks::<PANEL>().0;
+        let width = panel.acc.len() / PANEL;
+        rows.resize(PANEL * width, 0.0);
+        transpose(simd, Rows::new(&panel.acc, width, PANEL, PANEL), 1.0, rows, width);
         for segment in &panel.segments {
             for (lane, i) in segment.lanes() {
-                let (reference, sum) = panel.softmax.state(lane);
+                let (acc, (reference, sum)) = (&rows[lane * width..][..width], panel.softmax.state(lane));
                 match &mut task.out {
                     TaskOut::Final(heads) => {
                         let out = &mut heads[segment.head.head - task.heads.start];
@@ -324,16 +328,17 @@ fn write(panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>) {
                         let sink = sinks.map(|sinks| sinks[segment.head.head]);
                         let total = Total::new(std::iter::once((reference, sum)), sink);
                         let weight = total.weight(reference);
-                        let element =
-                            |acc: &[f32; PANEL]| if weight == 0.0 { 0.0 } else { acc[lane] * weight };
-                        out.out.store(row, columns.iter().map(element));
+                        if weight == 0.0 {
+                            out.out.store(row, acc.iter().map(|_| 0.0));
+                        } else {
+                            out.out.store(row, acc.iter().map(|x| x * weight));
+                        }
                         total.store_lse(out, row);
                     }
-                    TaskOut::Partial(rows) => {
-                        let width = columns.len() + 2;
-                        let row = &mut rows[(p * PANEL + lane) * width..][..width];
-                        row.iter_mut().zip(columns).for_each(|(out, acc)| *out = acc[lane]);
-                        row[width - 2..].copy_from_slice(&[reference, sum]);
+                    TaskOut::Partial(parts) => {
+                        let part = &mut parts[(p * PANEL + lane) * (width + 2)..][..width + 2];
+                        part[..width].copy_from_slice(acc);
+                        part[width..].copy_from_slice(&[reference, sum]);
                     }
                 }
             }
