@@ -3,7 +3,7 @@
 //! - **The contract**: [`Attention`] with its companions [`SoftmaxAttention`], [`Streaming`] and [`Differentiable`]; what a variant
 //!   promises ([`Profile`]) and costs ([`Cost`]); variants by name ([`registry`]).
 //! - **The problem**: sizes ([`AttnShape`]), strided views ([`View`], [`Qkv`], [`OutMut`]), who sees whom ([`mask`]),
-//!   what happens to scores ([`score`]).
+//!   what happens to scores ([`score`]), to weights ([`dropout`]) and to queries and keys before ([`qk_norm`]).
 //! - **The truth**: [`exact`], the textbook formula in f64; [`accuracy`], how far something is from it.
 //! - **The tools of engines**: [`simd`] (one dispatch a call), [`tile`] (the only kernels with SIMD in them),
 //!   [`merge`] (partial softmax results), [`parallel`].
@@ -15,6 +15,7 @@ mod attention;
 #[cfg(feature = "candle")]
 pub mod candle;
 mod cost;
+pub mod dropout;
 mod element;
 mod error;
 pub mod exact;
@@ -24,6 +25,7 @@ pub mod merge;
 pub mod parallel;
 mod problem;
 mod profile;
+pub mod qk_norm;
 pub mod registry;
 pub mod score;
 mod shape;

@@ -116,7 +116,9 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
             softmax_scale: self.flash.softmax_scale.map(f64::from),
             mask: &mask,
             score_mod: &score_mod,
+            key_bias: self.key_bias,
             sinks: sinks.as_deref(),
+            ..Exact::default()
         };
         exact.all(x)
     }

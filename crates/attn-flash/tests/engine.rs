@@ -53,7 +53,7 @@ impl Problem {
     }
 
     fn exact(&self, mask: &dyn Mask, score_mod: &dyn ScoreMod) -> Reference {
-        Exact { softmax_scale: Some(f64::from(SCALE)), mask, score_mod, sinks: None }
+        Exact { softmax_scale: Some(f64::from(SCALE)), mask, score_mod, ..Exact::default() }
             .all(&self.qkv())
             .unwrap()
     }

@@ -1,19 +1,29 @@
 //! Exact softmax attention in f64, row by row: the slow truth everything else is judged against.
 //!
-//! For query row `i` of head `h`, over the keys `j` that the mask lets it see:
+//! For query row `i` of head `h`, over the keys `j` that the mask lets it see, with `q` and `k` normalised if there is a
+//! norm:
 //!
 //! ```text
-//! s_j = score_mod(softmax_scale * q_i . k_j)
+//! s_j = score_mod(softmax_scale * q_i . k_j) + key_bias_j
 //! m   = max_j s_j            (and the sink logit, if there is one)
 //! Z   = sum_j e^(s_j - m)    (+ e^(sink_h - m))
-//! out = sum_j e^(s_j - m) v_j / Z          lse = m + ln Z
+//! p_j = e^(s_j - m) / Z                    lse = m + ln Z
+//! out = sum_j f_j p_j v_j                  (f_j: what dropout multiplies the weight with, else 1)
 //! ```
 //!
-//! No tiles, no SIMD, no threads. A row that sees nothing gives zeros and `lse = -inf`; so does a row whose
+//! [`Exact::backward`] gives the gradients, in `O(n)` memory. No tiles, no SIMD, no threads. A row that sees nothing gives zeros and `lse = -inf`; so does a row whose
 //! scores are all -inf. [`Exact::rows`] computes chosen rows only, so that the truth is affordable at a million
 //! keys.
 
-use crate::mask::{Head, Mask, SeeAll};
+mod backward;
+#[cfg(test)]
+mod tests;
+
+pub use backward::ExactGrads;
+
+use crate::dropout::Dropout;
+use crate::mask::{Head, Mask, Pair, SeeAll};
+use crate::qk_norm::QkNorm;
 use crate::score::{ScoreMod, Unchanged};
 use crate::{AttnError, Qkv, Result};
 
@@ -46,7 +56,7 @@ pub struct Reference {
     pub lse: Option<Vec<f64>>,
 }
 
-/// Exact attention with its mask, score mod, scale and sinks.
+/// Exact attention with everything that shapes it.
 #[derive(Clone, Copy)]
 pub struct Exact<'a> {
     /// Multiplies raw dot products; `None` is `1/sqrt(head_dim)`.
@@ -55,13 +65,27 @@ pub struct Exact<'a> {
     pub mask: &'a dyn Mask,
     /// Applied after the scale and before the mask.
     pub score_mod: &'a dyn ScoreMod,
+    /// Added to the scores of each key after the score mod, `[n_kv]`, the same for all heads.
+    pub key_bias: Option<&'a [f32]>,
     /// One logit a query head that enters the normaliser and has no value.
     pub sinks: Option<&'a [f64]>,
+    /// Drops weights after normalisation.
+    pub dropout: Option<Dropout<'a>>,
+    /// Normalises rows of q and k first.
+    pub qk_norm: Option<QkNorm<'a>>,
 }
 
 impl Default for Exact<'_> {
     fn default() -> Self {
-        Self { softmax_scale: None, mask: &SeeAll, score_mod: &Unchanged, sinks: None }
+        Self {
+            softmax_scale: None,
+            mask: &SeeAll,
+            score_mod: &Unchanged,
+            key_bias: None,
+            sinks: None,
+            dropout: None,
+            qk_norm: None,
+        }
     }
 }
 
@@ -87,8 +111,20 @@ impl Exact<'_> {
     ///
     /// # Errors
     /// [`AttnError::Value`] for a row outside the problem or a scale that is not finite; [`AttnError::Shape`]
-    /// unless there is one sink a query head.
+    /// unless there is one sink a query head and one bias a key; as [`QkNorm::check`].
     pub fn rows(&self, x: &Qkv<'_>, rows: &[RowId]) -> Result<Vec<ExactRow>> {
+        let s = x.shape();
+        let scale = self.check(x)?;
+        let outside = |r: &&RowId| r.batch >= s.batch || r.head >= s.n_heads_q || r.i >= s.n_q;
+        if let Some(row) = rows.iter().find(outside) {
+            let expected = format!("a row of {} x {} x {}", s.batch, s.n_heads_q, s.n_q);
+            return Err(AttnError::value("row", format!("{row:?}"), expected));
+        }
+        Ok(rows.iter().map(|&row| self.row(x, row, scale)).collect())
+    }
+
+    /// Checks everything against the problem and gives the scale.
+    fn check(&self, x: &Qkv<'_>) -> Result<f64> {
         let s = x.shape();
         let scale = self.softmax_scale.unwrap_or(1.0 / (s.head_dim as f64).sqrt());
         if !scale.is_finite() {
@@ -99,51 +135,89 @@ impl Exact<'_> {
         {
             return Err(AttnError::shape("sinks", "n_heads_q", sinks.len(), s.n_heads_q));
         }
-        let outside = |r: &&RowId| r.batch >= s.batch || r.head >= s.n_heads_q || r.i >= s.n_q;
-        if let Some(row) = rows.iter().find(outside) {
-            let expected = format!("a row of {} x {} x {}", s.batch, s.n_heads_q, s.n_q);
-            return Err(AttnError::value("row", format!("{row:?}"), expected));
+        if let Some(key_bias) = self.key_bias
+            && key_bias.len() != s.n_kv
+        {
+            return Err(AttnError::shape("key_bias", "n_kv", key_bias.len(), s.n_kv));
         }
-        Ok(rows.iter().map(|&row| self.row(x, row, scale)).collect())
+        self.qk_norm.map_or(Ok(()), |norm| norm.check(&s))?;
+        Ok(scale)
     }
 
-    fn row(&self, x: &Qkv<'_>, RowId { batch, head, i }: RowId, scale: f64) -> ExactRow {
-        let s = x.shape();
-        let kv_head = s.kv_head(head);
-        let mut q = vec![0.0; s.head_dim];
+    /// A query row, normalised.
+    fn q(&self, x: &Qkv<'_>, RowId { batch, head, i }: RowId) -> Vec<f64> {
+        let mut q = vec![0.0; x.shape().head_dim];
         x.q().read_row(batch, head, i, &mut q);
+        if let Some(norm) = self.qk_norm {
+            norm.q().apply_f64(&mut q);
+        }
+        q
+    }
 
+    /// The keys that a row sees, with their scores; `q` is its query.
+    fn scores(&self, x: &Qkv<'_>, q: &[f64], RowId { batch, head, i }: RowId, scale: f64) -> Vec<Score> {
+        let s = x.shape();
         let mut k = vec![0.0; s.head_dim];
-        let mut seen = Vec::new(); // (key, score)
+        let mut seen = Vec::new();
         for j in 0..s.n_kv {
             let at = Head { batch, head }.pair(i, j);
             if self.mask.sees(at) {
-                x.k().read_row(batch, kv_head, j, &mut k);
-                seen.push((j, self.score_mod.apply_f64(scale * dot(&q, &k), at)));
+                x.k().read_row(batch, s.kv_head(head), j, &mut k);
+                if let Some(norm) = self.qk_norm {
+                    norm.k().apply_f64(&mut k);
+                }
+                let scaled = scale * dot(q, &k);
+                let key_bias = self.key_bias.map_or(0.0, |bias| f64::from(bias[j]));
+                seen.push(Score { j, scaled, score: self.score_mod.apply_f64(scaled, at) + key_bias });
             }
         }
+        seen
+    }
 
+    /// The log-sum-exp of a row's scores and its sink, as the maximum and the sum; `None` for a row that sees nothing.
+    fn normaliser(&self, seen: &[Score], head: usize) -> Option<(f64, f64)> {
         let sink = self.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head]);
         // `f64::max` ignores NaN: a NaN score reaches the result through its exponential instead.
-        let max = seen.iter().fold(sink, |max, (_, score)| max.max(*score));
-        let mut out = vec![0.0; s.head_dim_v];
-        if max == f64::NEG_INFINITY && !seen.iter().any(|(_, score)| score.is_nan()) {
-            return ExactRow { out, lse: f64::NEG_INFINITY };
+        let max = seen.iter().fold(sink, |max, seen| max.max(seen.score));
+        if max == f64::NEG_INFINITY && !seen.iter().any(|seen| seen.score.is_nan()) {
+            return None;
         }
-        let mut sum = (sink - max).exp();
+        Some((max, seen.iter().fold((sink - max).exp(), |sum, seen| sum + (seen.score - max).exp())))
+    }
+
+    fn dropout_factor(&self, at: Pair) -> f64 {
+        self.dropout.map_or(1.0, |dropout| f64::from(dropout.factor(at)))
+    }
+
+    fn row(&self, x: &Qkv<'_>, id: RowId, scale: f64) -> ExactRow {
+        let RowId { batch, head, i } = id;
+        let s = x.shape();
+        let mut out = vec![0.0; s.head_dim_v];
+        let seen = self.scores(x, &self.q(x, id), id, scale);
+        let Some((max, sum)) = self.normaliser(&seen, head) else {
+            return ExactRow { out, lse: f64::NEG_INFINITY };
+        };
         let mut v = vec![0.0; s.head_dim_v];
-        for (j, score) in seen {
-            let weight = (score - max).exp();
-            sum += weight;
+        for Score { j, score, .. } in seen {
+            let weight = (score - max).exp() * self.dropout_factor(Head { batch, head }.pair(i, j));
             if weight == 0.0 {
                 continue; // an infinite value behind a weight of zero is not seen
             }
-            x.v().read_row(batch, kv_head, j, &mut v);
+            x.v().read_row(batch, s.kv_head(head), j, &mut v);
             out.iter_mut().zip(&v).for_each(|(o, v)| *o += weight * v);
         }
         out.iter_mut().for_each(|o| *o /= sum);
         ExactRow { out, lse: max + sum.ln() }
     }
+}
+
+/// The score of a visible key.
+struct Score {
+    j: usize,
+    /// `softmax_scale * q . k`.
+    scaled: f64,
+    /// What the softmax takes.
+    score: f64,
 }
 
 /// Sum of products in eight running sums, which the compiler can keep in vector registers.
@@ -158,66 +232,4 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     }
     let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
     sums.iter().sum::<f64>() + rest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::View;
-    use crate::mask::{Band, Predicate};
-
-    fn qkv<'a>(q: &'a [f32], k: &'a [f32], v: &'a [f32], n_q: usize, n_kv: usize, d: usize) -> Qkv<'a> {
-        let view = |name, data, n| View::contiguous(name, data, [1, 1, n, d]).unwrap();
-        Qkv::new(view("q", q, n_q), view("k", k, n_kv), view("v", v, n_kv)).unwrap()
-    }
-
-    #[test]
-    fn two_keys_by_hand() {
-        // scores 0 and ln 3 (scale 1): weights 1/4 and 3/4
-        let (q, k, v) = ([1.0, 0.0], [0.0, 5.0, 3f32.ln(), 7.0], [4.0, 8.0, 0.0, 4.0]);
-        let exact = Exact { softmax_scale: Some(1.0), ..Exact::default() };
-        let got = exact.all(&qkv(&q, &k, &v, 1, 2, 2)).unwrap();
-        assert!((got.out[0] - 1.0).abs() < 1e-7 && (got.out[1] - 5.0).abs() < 1e-7, "{:?}", got.out);
-        assert!((got.lse.unwrap()[0] - 4f64.ln()).abs() < 1e-7);
-    }
-
-    #[test]
-    fn rows_that_see_nothing_are_zero() {
-        let (q, k, v) = ([1.0; 4], [1.0; 2], [f32::NAN; 2]);
-        let nobody = Predicate(|_| false);
-        let exact = Exact { mask: &nobody, ..Exact::default() };
-        let got = exact.all(&qkv(&q, &k, &v, 2, 1, 2)).unwrap();
-        assert_eq!((got.out, got.lse), (vec![0.0; 4], Some(vec![f64::NEG_INFINITY; 2])));
-        let none = exact.all(&qkv(&q, &[], &[], 2, 0, 2)).unwrap();
-        assert_eq!(none.out, vec![0.0; 4]);
-    }
-
-    #[test]
-    fn nan_stays_with_the_rows_that_see_it() {
-        let (q, k, v) = ([1.0, 1.0, 1.0], [1.0, f32::NAN, 1.0], [1.0, 2.0, 3.0]);
-        let causal = Band { offset: 0, left: None, right: Some(0) };
-        let got = Exact { mask: &causal, ..Exact::default() }.all(&qkv(&q, &k, &v, 3, 3, 1)).unwrap();
-        assert_eq!(got.out[0], 1.0);
-        assert!(got.out[1].is_nan() && got.out[2].is_nan());
-    }
-
-    #[test]
-    fn a_sink_takes_weight_and_gives_nothing() {
-        let (q, k, v) = ([0.0], [0.0], [6.0]);
-        let exact = Exact { sinks: Some(&[2f64.ln()]), ..Exact::default() };
-        let got = exact.all(&qkv(&q, &k, &v, 1, 1, 1)).unwrap();
-        assert!((got.out[0] - 2.0).abs() < 1e-12);
-        assert!((got.lse.unwrap()[0] - 3f64.ln()).abs() < 1e-12);
-    }
-
-    #[test]
-    fn chosen_rows_equal_all_rows() {
-        let data: Vec<f32> = (0..24).map(|x| (x as f32 * 0.7).sin()).collect();
-        let x = qkv(&data[..12], &data[..12], &data[12..], 4, 4, 3);
-        let all = Exact::default().all(&x).unwrap();
-        let one = Exact::default().rows(&x, &[RowId { batch: 0, head: 0, i: 2 }]).unwrap();
-        assert_eq!(one[0].out, all.out[6..9]);
-        let outside = Exact::default().rows(&x, &[RowId { batch: 0, head: 0, i: 4 }]).unwrap_err();
-        assert!(outside.to_string().contains("a row of 1 x 1 x 4"), "{outside}");
-    }
 }
