@@ -3,8 +3,8 @@
 use crate::Flash;
 use crate::engine::{Problem, Spec, attend};
 use attn_core::exact::{Exact, Reference};
-use attn_core::mask::{And, BandPerBatch, Mask, SeeAll};
-use attn_core::score::{ScoreMod, SoftCap, Then, Unchanged};
+use attn_core::mask::{And, BandPerBatch, Mask, Pair, Predicate, SeeAll};
+use attn_core::score::{ScoreFn, ScoreMod, SoftCap, Then, Unchanged};
 use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 
 /// [`Flash`] with masks, score mods and further tensors; made by [`Flash::call`].
@@ -13,8 +13,6 @@ use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 /// behind the soft cap. Both may be closures; they are compiled into the kernel.
 ///
 /// ```
-/// use attn_core::mask::Predicate;
-/// use attn_core::score::ScoreFn;
 /// use attn_core::{Qkv, View, ViewMut};
 /// use attn_flash::Flash;
 ///
@@ -26,8 +24,8 @@ use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 /// // Causal, every second key, scores that fade with the distance, a sink for each head.
 /// let call = Flash::causal()
 ///     .call()
-///     .mask(Predicate(|p| (p.i + p.j) % 2 == 0))
-///     .score_mod(ScoreFn(|s, p| s - 0.1 * p.i.abs_diff(p.j) as f32))
+///     .mask_fn(|p| (p.i + p.j) % 2 == 0)
+///     .score_fn(|s, p| s - 0.1 * p.i.abs_diff(p.j) as f32)
 ///     .sinks(&[0.0, 1.0]);
 /// let qkv = Qkv::new(view("q")?, view("k")?, view("v")?)?;
 /// call.forward(qkv, ViewMut::contiguous("out", &mut out, [1, heads, n, d])?.into(), Some(&mut lse))?;
@@ -59,6 +57,20 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
     pub fn score_mod<D: ScoreMod>(self, score_mod: D) -> FlashCall<'a, M, Then<C, D>> {
         let Self { flash, mask, score_mod: first, key_bias, sinks } = self;
         FlashCall { flash, mask, score_mod: Then(first, score_mod), key_bias, sinks }
+    }
+
+    /// A pair must also satisfy `sees`: the user's own mask, compiled into the kernel.
+    pub fn mask_fn<F: Fn(Pair) -> bool + Sync>(self, sees: F) -> FlashCall<'a, And<M, Predicate<F>>, C> {
+        self.mask(Predicate(sees))
+    }
+
+    /// Scores also go through `score`, `(score, pair) -> score`, compiled into the kernel. For gradients use
+    /// [`FlashCall::score_mod`] with an [`attn_core::score::ScoreFnWithDerivative`].
+    pub fn score_fn<F>(self, score: F) -> FlashCall<'a, M, Then<C, ScoreFn<F>>>
+    where
+        F: Fn(f32, Pair) -> f32 + Sync,
+    {
+        self.score_mod(ScoreFn(score))
     }
 
     /// Added to the score of each key, `[n_kv]` or `[batch, n_heads_kv, n_kv]`.

@@ -55,6 +55,15 @@ fn check_rows(mask: &impl Mask, head: Head, rows: Range<usize>, n_kv: usize) -> 
             ));
         }
     }
+    for j in 0..n_kv {
+        let mut scores = vec![0.0; rows.len()];
+        mask.hide(head, rows.clone(), j, &mut scores);
+        for (i, score) in rows.clone().zip(scores) {
+            if (score == f32::NEG_INFINITY) == mask.sees(head.pair(i, j)) {
+                return Err(format!("hide gives {score} to row {i} and key {j}, which sees contradicts"));
+            }
+        }
+    }
     for block_kv in [1, 3, 16, n_kv] {
         for keys in blocks(n_kv, block_kv) {
             let cover = mask.cover(head, rows.clone(), keys.clone());

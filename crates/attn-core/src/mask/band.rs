@@ -92,6 +92,18 @@ impl Mask for Band {
             Cover::Partial
         }
     }
+
+    /// The rows that see a key are consecutive: two fills instead of a question a row.
+    #[inline(always)]
+    fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        // Row i sees j iff j - offset - right <= i <= j - offset + left.
+        let i = (j as isize).saturating_sub(self.offset);
+        let row = |i: isize| i.saturating_sub_unsigned(rows.start).clamp(0, rows.len() as isize) as usize;
+        let first = self.right.map_or(0, |right| row(i.saturating_sub_unsigned(right)));
+        let end = self.left.map_or(rows.len(), |left| row(i.saturating_add_unsigned(left).saturating_add(1)));
+        scores[..first.min(rows.len())].fill(f32::NEG_INFINITY);
+        scores[end..rows.len()].fill(f32::NEG_INFINITY);
+    }
 }
 
 /// A [`Band`] whose offset differs by batch entry: caches that are filled to different lengths, as in ONNX Attention with
@@ -147,5 +159,10 @@ impl Mask for BandPerBatch {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         self.band(head.batch).cover(head, rows, keys)
+    }
+
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        self.band(head.batch).hide(head, rows, j, scores);
     }
 }

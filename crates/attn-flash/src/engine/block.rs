@@ -255,11 +255,11 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
                     }
                     hidden = hidden.start.min(top)..hidden.end.max(top + step.len());
                     for (j, row) in step.clone().zip(top..) {
-                        let scores = &mut scores[row * PANEL + segment.lane..(row + 1) * PANEL];
-                        for (score, i) in scores.iter_mut().zip(segment.rows.clone()) {
-                            if cover == Cover::Empty || !mask.sees(segment.pair(i, j)) {
-                                *score = f32::NEG_INFINITY;
-                            }
+                        let lanes = segment.lane..segment.lane + segment.rows.len();
+                        let scores = &mut scores[row * PANEL..][lanes];
+                        match cover {
+                            Cover::Empty => scores.fill(f32::NEG_INFINITY),
+                            _ => mask.hide(segment.head, segment.rows.clone(), j, scores),
                         }
                     }
                 }
