@@ -19,6 +19,7 @@ use super::rows::Wide;
 use super::tasks::{Task, TaskOut};
 use crate::tiles::{PANEL, TileSizes};
 use attn_core::AttnShape;
+use attn_core::dropout::Dropout;
 use attn_core::mask::{Cover, Mask};
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
@@ -41,6 +42,8 @@ pub(super) struct Workspace {
     wide_v: Vec<f32>,
     /// `[block_kv, head_dim_v]`, for values that are not finite; empty until one is met.
     finite_v: Vec<f32>,
+    /// `[block_kv]`, what the scores of a key are multiplied with; empty without a norm.
+    key_scale: Vec<f32>,
 }
 
 impl Workspace {
@@ -56,6 +59,7 @@ impl Workspace {
             wide_k: vec![0.0; block_kv * shape.head_dim],
             wide_v: vec![0.0; block_kv * shape.head_dim_v],
             finite_v: Vec::new(),
+            key_scale: Vec::new(),
         }
     }
 }
@@ -80,7 +84,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
         let n_lanes = task.heads.len() * task.rows.len();
 
-        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v } = workspace;
+        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale } = workspace;
         let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
             let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
@@ -105,9 +109,19 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         for_each_chunk(&spans, tiles.block_kv(), |ranges| {
             let k = k_rows.wide(ranges, wide_k);
             let v = v_rows.wide(ranges, wide_v);
+            key_scale.clear();
+            if let Some(norm) = &spec.qk_norm {
+                let n_keys = ranges.iter().map(Range::len).sum();
+                key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
+            }
             for panel in &mut *panels {
                 let [keys] = ranges else {
-                    tile.attend(simd, panel, Keys { ranges, k, v }, TileScratch { scores, finite_v });
+                    tile.attend(
+                        simd,
+                        panel,
+                        Keys { ranges, k, v, scale: key_scale },
+                        TileScratch { scores, finite_v },
+                    );
                     continue;
                 };
                 for at in 0..panel.spans.len() {
@@ -115,7 +129,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                     let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
                     if !seen.is_empty() {
                         let skip = seen.start - keys.start;
-                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip) };
+                        let scale = &key_scale[skip.min(key_scale.len())..];
+                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip), scale };
                         tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
                     }
                 }
@@ -130,6 +145,8 @@ struct Keys<'a> {
     ranges: &'a [Range<usize>],
     k: Wide<'a>,
     v: Wide<'a>,
+    /// What the scores of each key are multiplied with; empty is 1.
+    scale: &'a [f32],
 }
 
 impl Keys<'_> {
@@ -208,9 +225,13 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         self.modify(scores, panel, &keys);
         let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
         panel.softmax.absorb(simd, scores, &mut panel.acc, lanes);
+        if let Some(dropout) = &self.spec.dropout {
+            drop_weights(dropout, scores, panel, &keys);
+        }
 
         // A weight of 0 times a value of NaN or infinity would leak what the row must not see.
-        let mut suspects = if self.spec.score_mod.is_identity() { hidden } else { 0..n_keys };
+        let all = !self.spec.score_mod.is_identity() || self.spec.dropout.is_some();
+        let mut suspects = if all { 0..n_keys } else { hidden };
         let size = [self.shape.head_dim_v, lanes, n_keys];
         if suspects.any(|key| !all_finite(v.row(key, self.shape.head_dim_v))) {
             accumulate_poisoned(simd, size, v, scores, &mut panel.acc, scratch.finite_v);
@@ -219,9 +240,12 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         }
     }
 
-    /// Score mod and key bias.
+    /// Norm of the keys, score mod and key bias.
     #[inline(always)]
     fn modify(&self, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
+        for (scores, scale) in scores.chunks_exact_mut(PANEL).zip(keys.scale) {
+            scores.iter_mut().for_each(|s| *s *= scale);
+        }
         let score_mod = self.spec.score_mod;
         if !score_mod.is_identity() {
             for (at, j) in keys.rows() {
@@ -266,6 +290,19 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
             }
         }
         if hidden.is_empty() { 0..0 } else { hidden }
+    }
+}
+
+/// Multiplies the weights, which the normaliser already has, with 0 or `1 / (1 - p)`.
+#[inline(never)]
+fn drop_weights(dropout: &Dropout<'_>, weights: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
+    let mut factors = [0.0; PANEL];
+    for (at, j) in keys.rows() {
+        for segment in &panel.segments {
+            let weights = &mut weights[at * PANEL + segment.lane..][..segment.rows.len()];
+            dropout.factors(segment.head, segment.rows.clone(), j, &mut factors);
+            weights.iter_mut().zip(factors).for_each(|(weight, factor)| *weight *= factor);
+        }
     }
 }
 
