@@ -47,7 +47,7 @@ impl<'a> KvView<'a> {
         }
     }
 
-    fn head(&self, batch: usize, head: usize) -> HeadRows<'a> {
+    pub(super) fn head(&self, batch: usize, head: usize) -> HeadRows<'a> {
         match self {
             Self::F32(view) => HeadRows::F32(view.head(batch, head)),
             Self::Bf16(view) => HeadRows::Bf16(view.head(batch, head)),
