@@ -13,6 +13,7 @@ pub mod feature_map;
 mod kernelised;
 mod linear;
 mod linear_elu;
+pub mod matrix_state;
 mod registry;
 mod retnet;
 mod variant;
