@@ -203,6 +203,9 @@ fn check<M: ?Sized, C: ScoreMod + ?Sized>(
     if !problem.is_plain() {
         return Err(AttnError::unsupported("the backward pass", "keys and values in a cache or in pages"));
     }
+    if grads.bias.is_some() {
+        return Err(AttnError::unsupported("the backward pass", "the gradient of a bias"));
+    }
     if !spec.score_mod.has_derivative() {
         return Err(AttnError::unsupported("the backward pass", "a score mod without derivative"));
     }
@@ -221,9 +224,8 @@ struct Tiles {
 impl Tiles {
     /// Measured choice.
     fn auto(shape: &AttnShape) -> Self {
-        let env = |k: &str, d: usize| std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d);
         let span = if shape.head_dim + shape.head_dim_v <= 128 { 512 } else { 256 };
-        Self { block_kv: env("BKV", 64), span: env("SPAN", span) }
+        Self { block_kv: 64, span }
     }
 
     /// Rows of a block of a sequence of `n`: few enough blocks that their meetings are a short list, enough of them to keep
@@ -258,7 +260,7 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     spec: &Spec<'_, M, C>,
 ) {
     let shape = problem.shape();
-    let Grads { q, k, v, sinks, key_bias, bias, gamma_q, gamma_k } = grads;
+    let Grads { q, k, v, sinks, key_bias, bias: _, gamma_q, gamma_k } = grads;
     let pass = Pass {
         problem,
         spec,
@@ -269,7 +271,6 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     if let (Some(sinks), Some(grad)) = (spec.sinks, sinks) {
         delta::sink_gradients(&shape, sinks, rows.lse, rows.delta, grad);
     }
-    let _ = bias;
 
     let n_sums = if pass.sum_keys { shape.batch * shape.n_heads_kv * shape.n_kv } else { 0 };
     let mut key_sums = vec![0.0; n_sums];

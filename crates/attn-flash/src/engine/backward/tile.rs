@@ -19,13 +19,16 @@ use super::weights::{Extras, LANES, Tile, weigh, weigh_all};
 use crate::engine::chunks::for_each_chunk;
 use crate::engine::rows::Wide;
 use attn_core::mask::{Cover, Mask};
-use attn_core::score::ScoreMod;
+use attn_core::score::{ScoreMod, ScoreTile};
 use attn_core::simd::{Simd, SimdBase, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product};
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile.
 const MASK_STEP: usize = 32;
+
+/// Lanes that a score mod takes at once.
+const HALF: usize = 32;
 
 /// A thread's scratch.
 pub(super) struct Workspace {
@@ -351,14 +354,25 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
     /// Score mod; writes `softmax_scale` times its derivative to `slopes`.
     #[inline(always)]
     fn modify(&self, scores: &mut [f32], queries: &Queries<'_>, keys: Keys<'_>, slopes: &mut Vec<f32>) {
-        let (score_mod, scale) = (self.spec.score_mod, self.spec.softmax_scale);
+        let (score_mod, scale, head) = (self.spec.score_mod, self.spec.softmax_scale, queries.head);
         slopes.resize(self.tiles.block_kv * LANES, 0.0);
         for (at, j) in keys.rows() {
-            let rows = scores[at * LANES..][..LANES].iter_mut().zip(&mut slopes[at * LANES..][..LANES]);
-            for ((score, slope), i) in rows.zip(queries.rows.clone()) {
-                let pair = queries.head.pair(i, j);
-                *slope = scale * score_mod.derivative(*score, pair);
-                *score = score_mod.apply(*score, pair);
+            let scores = scores[at * LANES..][..LANES].as_chunks_mut::<HALF>().0;
+            let slopes = slopes[at * LANES..][..LANES].as_chunks_mut::<HALF>().0;
+            let rows = queries.rows.clone().step_by(HALF);
+            for ((scores, slopes), row) in scores.iter_mut().zip(slopes).zip(rows) {
+                // On copies of known length: only so does the compiler use vectors.
+                let n = HALF.min(queries.rows.end - row);
+                let (old, mut new) = (*scores, [0.0; HALF]);
+                let slope = |lane| scale * score_mod.derivative(old[lane], head.pair(row + lane, j));
+                if n == HALF {
+                    new.iter_mut().enumerate().for_each(|(lane, new)| *new = slope(lane));
+                } else {
+                    new.iter_mut().enumerate().take(n).for_each(|(lane, new)| *new = slope(lane));
+                }
+                *slopes = new;
+                let (rows, keys) = (row..row + n, j..j + 1);
+                score_mod.apply_tile(ScoreTile { head, rows, keys, scores: &mut scores[..n], stride: HALF });
             }
         }
     }
