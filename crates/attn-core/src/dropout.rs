@@ -135,18 +135,19 @@ fn counter<const N: usize>(group: u32, at: Pair) -> [[u32; N]; 4] {
 
 /// `N` calls of Philox4x32-10 side by side.
 #[inline(always)]
-fn philox<const N: usize>(mut key: [u32; 2], mut c: [[u32; N]; 4]) -> [[u32; N]; 4] {
+fn philox<const N: usize>(mut key: [u32; 2], mut counters: [[u32; N]; 4]) -> [[u32; N]; 4] {
     const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
     const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
     for _ in 0..10 {
-        for n in 0..N {
-            let (a, b) = (widening(MULTIPLIERS[0], c[0][n]), widening(MULTIPLIERS[1], c[2][n]));
-            let next = [b.1 ^ c[1][n] ^ key[0], b.0, a.1 ^ c[3][n] ^ key[1], a.0];
-            (c[0][n], c[1][n], c[2][n], c[3][n]) = (next[0], next[1], next[2], next[3]);
+        let [c0, c1, c2, c3] = &mut counters;
+        for (((c0, c1), c2), c3) in c0.iter_mut().zip(c1).zip(c2).zip(c3) {
+            let (first, second) = (widening(MULTIPLIERS[0], *c0), widening(MULTIPLIERS[1], *c2));
+            (*c0, *c1) = (second.1 ^ *c1 ^ key[0], second.0);
+            (*c2, *c3) = (first.1 ^ *c3 ^ key[1], first.0);
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
-    c
+    counters
 }
 
 /// The low and the high half of a product.

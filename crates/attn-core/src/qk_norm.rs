@@ -155,9 +155,23 @@ impl RowNorm<'_> {
         }
     }
 
+    /// What the row is multiplied with, weights apart: the inverse of its norm.
+    pub fn factor(&self, x: &[f32]) -> f32 {
+        self.inverse(x).0 as f32
+    }
+
     /// `r`, and the factor of `x c r` in the gradient.
     fn inverse(&self, x: &[f32]) -> (f64, f64) {
-        let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+        // Eight running sums, which the compiler can keep in vector registers.
+        let (eights, rest) = x.as_chunks::<8>();
+        let mut sums = [0.0; 8];
+        for eight in eights {
+            for (sum, x) in sums.iter_mut().zip(eight) {
+                *sum += f64::from(*x) * f64::from(*x);
+            }
+        }
+        let rest: f64 = rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
+        let squares = sums.iter().sum::<f64>() + rest;
         match self.kind {
             NormKind::Rms { eps } => {
                 let n = x.len() as f64;

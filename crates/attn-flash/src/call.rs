@@ -2,9 +2,11 @@
 
 use crate::Flash;
 use crate::engine::{Problem, Spec, attend};
+use attn_core::dropout::Dropout;
 use attn_core::exact::{Exact, Reference};
-use attn_core::mask::{And, BandPerBatch, Mask, SeeAll};
-use attn_core::score::{ScoreMod, SoftCap, Then, Unchanged};
+use attn_core::mask::{And, BandPerBatch, Mask, Pair, Predicate, SeeAll};
+use attn_core::qk_norm::QkNorm;
+use attn_core::score::{ScoreFn, ScoreMod, SoftCap, Then, Unchanged};
 use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 
 /// [`Flash`] with masks, score mods and further tensors; made by [`Flash::call`].
@@ -13,8 +15,6 @@ use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 /// behind the soft cap. Both may be closures; they are compiled into the kernel.
 ///
 /// ```
-/// use attn_core::mask::Predicate;
-/// use attn_core::score::ScoreFn;
 /// use attn_core::{Qkv, View, ViewMut};
 /// use attn_flash::Flash;
 ///
@@ -26,8 +26,8 @@ use attn_core::{AttnShape, OutMut, Qkv, Result, softmax_scale_or_default};
 /// // Causal, every second key, scores that fade with the distance, a sink for each head.
 /// let call = Flash::causal()
 ///     .call()
-///     .mask(Predicate(|p| (p.i + p.j) % 2 == 0))
-///     .score_mod(ScoreFn(|s, p| s - 0.1 * p.i.abs_diff(p.j) as f32))
+///     .mask_fn(|p| (p.i + p.j) % 2 == 0)
+///     .score_fn(|s, p| s - 0.1 * p.i.abs_diff(p.j) as f32)
 ///     .sinks(&[0.0, 1.0]);
 /// let qkv = Qkv::new(view("q")?, view("k")?, view("v")?)?;
 /// call.forward(qkv, ViewMut::contiguous("out", &mut out, [1, heads, n, d])?.into(), Some(&mut lse))?;
@@ -40,25 +40,49 @@ pub struct FlashCall<'a, M = SeeAll, C = Unchanged> {
     score_mod: C,
     key_bias: Option<&'a [f32]>,
     sinks: Option<&'a [f32]>,
+    dropout: Option<Dropout<'a>>,
+    qk_norm: Option<QkNorm<'a>>,
 }
 
 impl FlashCall<'_> {
     pub(crate) fn new(flash: Flash) -> Self {
-        Self { flash, mask: SeeAll, score_mod: Unchanged, key_bias: None, sinks: None }
+        Self {
+            flash,
+            mask: SeeAll,
+            score_mod: Unchanged,
+            key_bias: None,
+            sinks: None,
+            dropout: None,
+            qk_norm: None,
+        }
     }
 }
 
 impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
     /// A pair must also be seen by `mask`.
     pub fn mask<N: Mask>(self, mask: N) -> FlashCall<'a, And<M, N>, C> {
-        let Self { flash, mask: first, score_mod, key_bias, sinks } = self;
-        FlashCall { flash, mask: And(first, mask), score_mod, key_bias, sinks }
+        let Self { flash, mask: first, score_mod, key_bias, sinks, dropout, qk_norm } = self;
+        FlashCall { flash, mask: And(first, mask), score_mod, key_bias, sinks, dropout, qk_norm }
     }
 
     /// Scores also go through `score_mod`, behind the soft cap and the score mods added before.
     pub fn score_mod<D: ScoreMod>(self, score_mod: D) -> FlashCall<'a, M, Then<C, D>> {
-        let Self { flash, mask, score_mod: first, key_bias, sinks } = self;
-        FlashCall { flash, mask, score_mod: Then(first, score_mod), key_bias, sinks }
+        let Self { flash, mask, score_mod: first, key_bias, sinks, dropout, qk_norm } = self;
+        FlashCall { flash, mask, score_mod: Then(first, score_mod), key_bias, sinks, dropout, qk_norm }
+    }
+
+    /// A pair must also satisfy `sees`: the user's own mask, compiled into the kernel.
+    pub fn mask_fn<F: Fn(Pair) -> bool + Sync>(self, sees: F) -> FlashCall<'a, And<M, Predicate<F>>, C> {
+        self.mask(Predicate(sees))
+    }
+
+    /// Scores also go through `score`, `(score, pair) -> score`, compiled into the kernel. For gradients use
+    /// [`FlashCall::score_mod`] with an [`attn_core::score::ScoreFnWithDerivative`].
+    pub fn score_fn<F>(self, score: F) -> FlashCall<'a, M, Then<C, ScoreFn<F>>>
+    where
+        F: Fn(f32, Pair) -> f32 + Sync,
+    {
+        self.score_mod(ScoreFn(score))
     }
 
     /// Added to the score of each key, `[n_kv]` or `[batch, n_heads_kv, n_kv]`.
@@ -72,6 +96,16 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
     /// Sources: Xiao et al. 2023; OpenAI 2025 (gpt-oss).
     pub fn sinks(self, sinks: &'a [f32]) -> Self {
         Self { sinks: Some(sinks), ..self }
+    }
+
+    /// Drops weights at random, after the normaliser; the log-sum-exp is without dropout.
+    pub fn dropout(self, dropout: Dropout<'a>) -> Self {
+        Self { dropout: Some(dropout), ..self }
+    }
+
+    /// Normalises queries and keys row by row before the product.
+    pub fn qk_norm(self, qk_norm: QkNorm<'a>) -> Self {
+        Self { qk_norm: Some(qk_norm), ..self }
     }
 
     /// Attends `problem` and writes `out (batch, n_heads_q, n_q, head_dim_v)`, and `lse [batch, n_heads_q, n_q]` (natural
@@ -98,10 +132,14 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
         let softmax_scale = softmax_scale_or_default(self.flash.softmax_scale, problem.shape().head_dim)?;
         let mask = And(self.flash.bands(problem)?, &self.mask);
         let score_mod = Then(self.flash.softcap()?, &self.score_mod);
-        let (key_bias, sinks) = (self.key_bias, self.sinks);
-        let spec =
-            Spec { key_bias, sinks, tiles: self.flash.tiles, ..Spec::new(softmax_scale, &mask, &score_mod) };
-        run(&spec)
+        run(&Spec {
+            key_bias: self.key_bias,
+            sinks: self.sinks,
+            dropout: self.dropout,
+            qk_norm: self.qk_norm,
+            tiles: self.flash.tiles,
+            ..Spec::new(softmax_scale, &mask, &score_mod)
+        })
     }
 
     /// The definition of the same call in f64, slow on purpose.
@@ -118,7 +156,8 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
             score_mod: &score_mod,
             key_bias: self.key_bias,
             sinks: sinks.as_deref(),
-            ..Exact::default()
+            dropout: self.dropout,
+            qk_norm: self.qk_norm,
         };
         exact.all(x)
     }

@@ -1,8 +1,10 @@
 //! Packed sequences, caches with lengths, pages, grouped heads, sinks and key-split tasks against the f64 oracle, which
 //! sees each sequence alone.
 
+use attn_core::dropout::Dropout;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{And, Band, Mask, Pair, Predicate};
+use attn_core::qk_norm::{NormKind, QkNorm};
 use attn_core::{AttnShape, Qkv, TensorView, View, ViewMut};
 use attn_flash::engine::{KvView, PagedKv, Problem};
 use attn_flash::{Flash, FlashCall};
@@ -234,4 +236,34 @@ fn malformed_sequences_are_refused() {
     assert!(cached(&[7]).contains("from 0 to 6"));
     assert!(cached(&[-1]).contains("from 0 to 6"));
     assert!(cached(&[1, 2]).contains("lens: batch is 2, expected 1"));
+}
+
+#[test]
+fn dropout_and_norms_equal_the_definition() {
+    let shape =
+        AttnShape { batch: 2, n_q: 70, n_kv: 150, n_heads_q: 4, n_heads_kv: 2, head_dim: 20, head_dim_v: 9 };
+    let data = inputs::Problem::normal(shape, 9).scale_queries(3.0);
+    let x = data.qkv().unwrap();
+    let gamma: Vec<f32> = (0..20).map(|c| 0.5 + c as f32 / 10.0).collect();
+    let rms = QkNorm { kind: NormKind::Rms { eps: 1e-6 }, gamma_q: Some(&gamma), gamma_k: Some(&gamma) };
+    let l2 = QkNorm { kind: NormKind::L2 { eps: 1e-12 }, gamma_q: None, gamma_k: None };
+    let dropout = Dropout::new(0.3, 42).unwrap();
+    let everything = Flash { softcap: Some(5.0), ..Flash::causal() };
+    for (what, call) in [
+        ("dropout", Flash::full().call().dropout(dropout)),
+        ("rms", Flash::causal().call().qk_norm(rms)),
+        ("l2", Flash { softmax_scale: Some(10.0), ..Flash::full() }.call().qk_norm(l2)),
+        ("both", everything.call().qk_norm(rms).dropout(dropout)),
+        ("all dropped", Flash::full().call().dropout(Dropout::new(1.0, 1).unwrap())),
+    ] {
+        let (out, lse) = run(call, x.into());
+        let want = call.definition(&x).unwrap();
+        assert_close(what, &out, &want.out, TOL);
+        assert_close(what, &lse, want.lse.as_ref().unwrap(), TOL);
+    }
+    let short = QkNorm { gamma_q: Some(&gamma[..3]), ..rms };
+    let mut out = vec![7.0; shape.out().iter().product()];
+    let view = ViewMut::contiguous("out", &mut out, shape.out()).unwrap();
+    let error = Flash::full().call().qk_norm(short).forward(x, view.into(), None).unwrap_err().to_string();
+    assert!(error.contains("gamma_q") && out.iter().all(|x| *x == 7.0), "{error}");
 }

@@ -10,6 +10,7 @@
 
 pub mod engine;
 pub mod feature_map;
+mod kernelised;
 mod linear;
 mod linear_elu;
 mod registry;

@@ -1,8 +1,10 @@
 //! Problems to try a variant on: seeded numbers, storage orders and types, shapes at the edges.
 
+mod ids;
 mod shapes;
 mod storage;
 
+pub use ids::{packed_ids, scattered_ids};
 pub use shapes::{edge_shapes, problems, shapes};
 pub use storage::{Layout, StoredProblem, StoredTensor};
 

@@ -55,6 +55,15 @@ fn check_rows(mask: &impl Mask, head: Head, rows: Range<usize>, n_kv: usize) -> 
             ));
         }
     }
+    for j in 0..n_kv {
+        let mut scores = vec![0.0; rows.len()];
+        mask.hide(head, rows.clone(), j, &mut scores);
+        for (i, score) in rows.clone().zip(scores) {
+            if (score == f32::NEG_INFINITY) == mask.sees(head.pair(i, j)) {
+                return Err(format!("hide gives {score} to row {i} and key {j}, which sees contradicts"));
+            }
+        }
+    }
     for block_kv in [1, 3, 16, n_kv] {
         for keys in blocks(n_kv, block_kv) {
             let cover = mask.cover(head, rows.clone(), keys.clone());
@@ -78,7 +87,12 @@ fn check_rows(mask: &impl Mask, head: Head, rows: Range<usize>, n_kv: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use attn_core::mask::{Align, And, Band, KeysBelow, Or, Pair, Predicate, SeeAll};
+    use crate::inputs::{packed_ids, scattered_ids};
+    use attn_core::mask::{
+        Align, And, Band, BandPerBatch, DenseMask, Documents, KeyLengths, KeysBelow, Or, Pair, Predicate,
+        PrefixLm, SeeAll, Spans,
+    };
+    use proptest::prelude::*;
 
     const SHAPE: AttnShape =
         AttnShape { batch: 2, n_heads_q: 2, n_heads_kv: 2, n_q: 20, n_kv: 33, head_dim: 1, head_dim_v: 1 };
@@ -92,6 +106,38 @@ mod tests {
         assert_consistent(&And(causal, Or(KeysBelow(3), window)), &SHAPE);
         assert_consistent(&Predicate(|p: Pair| (p.i * p.j + p.head) % 3 == p.batch), &SHAPE);
         assert_consistent(&causal, &AttnShape { n_kv: 0, ..SHAPE });
+    }
+
+    proptest! {
+        #[test]
+        fn masks_of_ids_are_consistent(
+            (packed_q, packed_kv) in (packed_ids(SHAPE.n_q), packed_ids(SHAPE.n_kv)),
+            (q, kv) in (scattered_ids(2 * SHAPE.n_q), scattered_ids(2 * SHAPE.n_kv)),
+            dense in prop::collection::vec(any::<bool>(), SHAPE.n_kv),
+        ) {
+            let causal = Band::causal(&SHAPE, Align::BottomRight);
+            let packed = Documents::new(&packed_q, &packed_kv, &SHAPE).unwrap();
+            let scattered = Documents::new(&q, &kv, &SHAPE).unwrap();
+            assert_consistent(&packed, &SHAPE);
+            assert_consistent(&scattered, &SHAPE);
+            assert_consistent(&And(causal, packed), &SHAPE);
+            assert_consistent(&Or(causal, Spans::new(&q, &kv, &SHAPE).unwrap()), &SHAPE);
+            assert_consistent(&Or(scattered, DenseMask::new(&dense, &[SHAPE.n_kv], &SHAPE).unwrap()), &SHAPE);
+        }
+
+        #[test]
+        fn masks_by_batch_entry_are_consistent(
+            lens in prop::collection::vec(0..=SHAPE.n_kv, 2),
+            offsets in prop::collection::vec(-50..50isize, 2),
+            widths in (prop::option::of(0..40usize), prop::option::of(0..40usize)),
+        ) {
+            let band = BandPerBatch::new(offsets.clone(), widths.0, widths.1, &SHAPE).unwrap();
+            let prefix = PrefixLm::new(lens.clone(), &SHAPE, Align::Offset(offsets[0])).unwrap();
+            let lens = KeyLengths::new(lens, &SHAPE).unwrap();
+            assert_consistent(&band, &SHAPE);
+            assert_consistent(&prefix, &SHAPE);
+            assert_consistent(&And(lens, Or(band, prefix)), &SHAPE);
+        }
     }
 
     /// Sees the diagonal, with one shortcut that goes wrong in the last tile.

@@ -191,7 +191,7 @@ fn gradients_are_those_of_finite_differences() {
         let ExactGrads { q, k, v, sinks, gamma_q, gamma_k } = grads;
         let got = [q, k, v, sinks.unwrap(), gamma_q.unwrap(), gamma_k.unwrap(), table];
         for (which, got) in got.iter().enumerate() {
-            for at in 0..got.len() {
+            for (at, got) in got.iter().enumerate() {
                 let slope = |step: f32| {
                     let moved = |by: f32| {
                         let mut inputs = inputs.clone();
@@ -203,7 +203,7 @@ fn gradients_are_those_of_finite_differences() {
                 // Richardson: the error of the second order cancels.
                 let want = (4.0 * slope(1.0 / 1024.0) - slope(1.0 / 512.0)) / 3.0;
                 let name = inputs.clone().all()[which].0;
-                assert!((got[at] - want).abs() < 1e-8, "{kind:?} {name}[{at}]: {} for {want}", got[at]);
+                assert!((got - want).abs() < 1e-8, "{kind:?} {name}[{at}]: {got} for {want}");
             }
         }
     }

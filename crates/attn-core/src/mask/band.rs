@@ -28,6 +28,10 @@ impl Align {
     }
 }
 
+/// Further than any length. Offsets and widths beyond it count as this much, so that sums of them cannot overflow; unlike
+/// saturating sums, that costs nothing in a loop over pairs.
+pub(super) const FAR: isize = isize::MAX / 8;
+
 /// A diagonal band: query `i` stands at `p = i + offset` and sees `p - left <= j <= p + right`, both ends
 /// included; `None` is unbounded. Causal attention is `right = Some(0)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,23 +50,22 @@ impl Band {
         Self { offset: align.offset(shape.n_q, shape.n_kv), left: None, right: Some(0) }
     }
 
-    /// Where query `i` stands on the key axis; an absurd offset saturates.
+    /// Where query `i` stands on the key axis.
     #[inline(always)]
     fn position(&self, i: usize) -> isize {
-        self.offset.saturating_add_unsigned(i)
+        self.offset.clamp(-FAR, FAR) + i as isize
     }
 
-    /// First key that query `i` may see, clamped to the key axis' start.
+    /// First key that query `i` may see; may lie before the start of the key axis.
     #[inline(always)]
     fn first(&self, i: usize) -> isize {
-        self.left.map_or(isize::MIN, |left| self.position(i).saturating_sub_unsigned(left))
+        self.left.map_or(isize::MIN, |left| self.position(i) - left.min(FAR as usize) as isize)
     }
 
-    /// One past the last key that query `i` may see.
+    /// One past the last key that query `i` may see; may lie beyond the end.
     #[inline(always)]
     fn end(&self, i: usize) -> isize {
-        self.right
-            .map_or(isize::MAX, |right| self.position(i).saturating_add_unsigned(right).saturating_add(1))
+        self.right.map_or(isize::MAX, |right| self.position(i) + right.min(FAR as usize) as isize + 1)
     }
 }
 
@@ -91,6 +94,18 @@ impl Mask for Band {
         } else {
             Cover::Partial
         }
+    }
+
+    /// The rows that see a key are consecutive: two fills instead of a question a row.
+    #[inline(always)]
+    fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        // Row i sees j iff j - offset - right <= i <= j - offset + left.
+        let i = (j as isize).saturating_sub(self.offset);
+        let row = |i: isize| i.saturating_sub_unsigned(rows.start).clamp(0, rows.len() as isize) as usize;
+        let first = self.right.map_or(0, |right| row(i.saturating_sub_unsigned(right)));
+        let end = self.left.map_or(rows.len(), |left| row(i.saturating_add_unsigned(left).saturating_add(1)));
+        scores[..first.min(rows.len())].fill(f32::NEG_INFINITY);
+        scores[end..rows.len()].fill(f32::NEG_INFINITY);
     }
 }
 
@@ -147,5 +162,10 @@ impl Mask for BandPerBatch {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         self.band(head.batch).cover(head, rows, keys)
+    }
+
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        self.band(head.batch).hide(head, rows, j, scores);
     }
 }

@@ -34,6 +34,12 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
             _ => Cover::Partial,
         }
     }
+
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        self.0.hide(head, rows.clone(), j, scores);
+        self.1.hide(head, rows, j, scores);
+    }
 }
 
 /// Seen by either.

@@ -17,7 +17,7 @@ impl<'a> DenseMask<'a> {
     /// as in numpy; `true` = attend.
     ///
     /// # Errors
-    /// [`AttnError::Shape`] or [`AttnError::Layout`] if it does not broadcast to the problem.
+    /// [`crate::AttnError`] if it does not broadcast to the problem.
     pub fn new(seen: &'a [bool], mask_shape: &[usize], shape: &AttnShape) -> Result<Self> {
         Ok(Self { seen, strides: broadcast_strides("mask", seen.len(), mask_shape, shape)? })
     }

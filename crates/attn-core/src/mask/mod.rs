@@ -96,6 +96,16 @@ pub trait Mask: Sync {
         let _ = (head, rows, keys);
         Cover::Partial
     }
+
+    /// Sets the scores of the `rows` that do not see key `j` to -inf; `scores[r]` is that of row `rows.start + r`.
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        for (i, score) in rows.zip(scores) {
+            if !self.sees(head.pair(i, j)) {
+                *score = f32::NEG_INFINITY;
+            }
+        }
+    }
 }
 
 impl<M: Mask + ?Sized> Mask for &M {
@@ -110,6 +120,11 @@ impl<M: Mask + ?Sized> Mask for &M {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         (**self).cover(head, rows, keys)
+    }
+
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        (**self).hide(head, rows, j, scores);
     }
 }
 
@@ -129,6 +144,13 @@ impl<M: Mask> Mask for Option<M> {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         self.as_ref().map_or(Cover::Full, |mask| mask.cover(head, rows, keys))
+    }
+
+    #[inline(always)]
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        if let Some(mask) = self {
+            mask.hide(head, rows, j, scores);
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! A prefix that reads itself in both directions, then causal text.
 
+use super::band::FAR;
 use super::per_batch::PerBatch;
 use super::{Align, Cover, Head, Mask, Pair, non_empty};
 use crate::{AttnError, AttnShape, Result};
@@ -36,13 +37,13 @@ impl PrefixLm {
             return Err(AttnError::value(format!("prefix[{batch}]"), len, expected));
         }
         let prefix = PerBatch::new("prefix", prefix, shape)?;
-        Ok(Self { prefix, offset: align.offset(shape.n_q, shape.n_kv) })
+        Ok(Self { prefix, offset: align.offset(shape.n_q, shape.n_kv).clamp(-FAR, FAR) })
     }
 
     /// One past the last key that query `i` sees.
     #[inline(always)]
     fn end(&self, batch: usize, i: usize) -> usize {
-        let causal_end = self.offset.saturating_add_unsigned(i).saturating_add(1).max(0) as usize;
+        let causal_end = (self.offset + i as isize + 1).max(0) as usize;
         causal_end.max(self.prefix.of(batch))
     }
 }

@@ -13,6 +13,13 @@ fn check_consistent(mask: &impl Mask, n_q: usize, n_kv: usize, what: &str) {
             let seen = rows.clone().any(|i| mask.sees(HEAD.pair(i, j)));
             let inside = spans.iter().any(|s| s.contains(&j));
             assert!(inside || !seen, "{what}: rows {rows:?} see key {j} outside {spans:?}");
+            let mut scores = vec![1.0; rows.len()];
+            mask.hide(HEAD, rows.clone(), j, &mut scores);
+            let hidden = rows.clone().map(|i| !mask.sees(HEAD.pair(i, j)));
+            assert!(
+                scores.iter().map(|s| *s != 1.0).eq(hidden),
+                "{what}: rows {rows:?}, key {j}: hide gives {scores:?}"
+            );
         }
         for keys in [0..1, 0..n_kv, n_kv / 4..n_kv / 2 + 1, n_kv - 1..n_kv] {
             let seen: Vec<bool> = rows

@@ -58,7 +58,7 @@ impl<'a> Bias<'a> {
     /// `bias`, row-major, of `bias_shape` with 1 to 4 axes, right-aligned to `(batch, n_heads_q, n_q, n_kv)`.
     ///
     /// # Errors
-    /// [`AttnError::Shape`] or [`AttnError::Layout`] if it does not broadcast to the problem.
+    /// [`crate::AttnError`] if it does not broadcast to the problem.
     pub fn new(bias: &'a [f32], bias_shape: &[usize], shape: &AttnShape) -> Result<Self> {
         Ok(Self { bias, strides: broadcast_strides("bias", bias.len(), bias_shape, shape)? })
     }

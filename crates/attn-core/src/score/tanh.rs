@@ -11,7 +11,7 @@
 
 /// Coefficients of `p`, lowest first.
 const NEAR: [f32; 7] = [
-    -0.333_333_31,
+    -0.333_333_3,
     0.133_331_4,
     -0.053_936_094,
     0.021_665_6,
@@ -21,8 +21,15 @@ const NEAR: [f32; 7] = [
 ];
 
 /// Coefficients of the degree 6 Chebyshev fit of `2^f` on `[-1/2, 1/2]`, lowest first.
-const EXP2: [f32; 7] =
-    [1.0, 0.693_147_2, 0.240_226_5, 0.055_503_27, 0.009_618_025, 0.001_340_043_3, 0.000_154_697_32];
+const EXP2: [f32; 7] = [
+    1.0,
+    std::f32::consts::LN_2,
+    0.240_226_5,
+    0.055_503_27,
+    0.009_618_025,
+    0.001_340_043_3,
+    0.000_154_697_32,
+];
 
 /// From here on, `tanh` is 1 in f32.
 const SATURATED: f32 = 9.02;

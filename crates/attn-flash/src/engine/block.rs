@@ -19,10 +19,12 @@ use super::rows::Wide;
 use super::tasks::{Task, TaskOut};
 use crate::tiles::{PANEL, TileSizes};
 use attn_core::AttnShape;
+use attn_core::dropout::Dropout;
 use attn_core::mask::{Cover, Mask};
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product};
+use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
+use attn_core::view::Rows;
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
@@ -31,8 +33,8 @@ const MASK_STEP: usize = 32;
 /// A thread's scratch, taken once.
 pub(super) struct Workspace {
     panels: Vec<Panel>,
-    /// `[PANEL, head_dim]`, for queries that are gathered or widened; empty until needed.
-    q_rows: Vec<f32>,
+    /// `[PANEL, head_dim or head_dim_v]`: queries that are gathered or widened, then outputs.
+    rows: Vec<f32>,
     /// `[block_kv, PANEL]`.
     scores: Vec<f32>,
     /// `[block_kv, head_dim]` and `[block_kv, head_dim_v]`, for keys that are not read in place.
@@ -40,6 +42,8 @@ pub(super) struct Workspace {
     wide_v: Vec<f32>,
     /// `[block_kv, head_dim_v]`, for values that are not finite; empty until one is met.
     finite_v: Vec<f32>,
+    /// `[block_kv]`, what the scores of a key are multiplied with; empty without a norm.
+    key_scale: Vec<f32>,
 }
 
 impl Workspace {
@@ -49,12 +53,13 @@ impl Workspace {
         let block_kv = tiles.block_kv().min(shape.n_kv);
         Self {
             panels: (0..n_panels).map(|_| Panel::new(shape.head_dim, shape.head_dim_v)).collect(),
-            q_rows: Vec::new(),
+            rows: Vec::new(),
             scores: vec![0.0; block_kv * PANEL],
             // Untouched pages of these cost nothing when keys are read in place.
             wide_k: vec![0.0; block_kv * shape.head_dim],
             wide_v: vec![0.0; block_kv * shape.head_dim_v],
             finite_v: Vec::new(),
+            key_scale: Vec::new(),
         }
     }
 }
@@ -79,11 +84,11 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
         let n_lanes = task.heads.len() * task.rows.len();
 
-        let Workspace { panels, q_rows, scores, wide_k, wide_v, finite_v } = workspace;
+        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale } = workspace;
         let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
             let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
-            panel.start(simd, problem, spec, &task, lanes, q_rows);
+            panel.start(simd, problem, spec, &task, lanes, rows);
         }
 
         let mut spans = match &*panels {
@@ -104,9 +109,19 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         for_each_chunk(&spans, tiles.block_kv(), |ranges| {
             let k = k_rows.wide(ranges, wide_k);
             let v = v_rows.wide(ranges, wide_v);
+            key_scale.clear();
+            if let Some(norm) = &spec.qk_norm {
+                let n_keys = ranges.iter().map(Range::len).sum();
+                key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
+            }
             for panel in &mut *panels {
                 let [keys] = ranges else {
-                    tile.attend(simd, panel, Keys { ranges, k, v }, TileScratch { scores, finite_v });
+                    tile.attend(
+                        simd,
+                        panel,
+                        Keys { ranges, k, v, scale: key_scale },
+                        TileScratch { scores, finite_v },
+                    );
                     continue;
                 };
                 for at in 0..panel.spans.len() {
@@ -114,13 +129,14 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                     let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
                     if !seen.is_empty() {
                         let skip = seen.start - keys.start;
-                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip) };
+                        let scale = &key_scale[skip.min(key_scale.len())..];
+                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip), scale };
                         tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
                     }
                 }
             }
         });
-        write(panels, spec.sinks, task);
+        write(simd, panels, spec.sinks, task, rows);
     }
 }
 
@@ -129,6 +145,8 @@ struct Keys<'a> {
     ranges: &'a [Range<usize>],
     k: Wide<'a>,
     v: Wide<'a>,
+    /// What the scores of each key are multiplied with; empty is 1.
+    scale: &'a [f32],
 }
 
 impl Keys<'_> {
@@ -207,9 +225,13 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         self.modify(scores, panel, &keys);
         let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
         panel.softmax.absorb(simd, scores, &mut panel.acc, lanes);
+        if let Some(dropout) = &self.spec.dropout {
+            drop_weights(dropout, scores, panel, &keys);
+        }
 
         // A weight of 0 times a value of NaN or infinity would leak what the row must not see.
-        let mut suspects = if self.spec.score_mod.is_identity() { hidden } else { 0..n_keys };
+        let all = !self.spec.score_mod.is_identity() || self.spec.dropout.is_some();
+        let mut suspects = if all { 0..n_keys } else { hidden };
         let size = [self.shape.head_dim_v, lanes, n_keys];
         if suspects.any(|key| !all_finite(v.row(key, self.shape.head_dim_v))) {
             accumulate_poisoned(simd, size, v, scores, &mut panel.acc, scratch.finite_v);
@@ -218,9 +240,12 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         }
     }
 
-    /// Score mod and key bias.
+    /// Norm of the keys, score mod and key bias.
     #[inline(always)]
     fn modify(&self, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
+        for (scores, scale) in scores.chunks_exact_mut(PANEL).zip(keys.scale) {
+            scores.iter_mut().for_each(|s| *s *= scale);
+        }
         let score_mod = self.spec.score_mod;
         if !score_mod.is_identity() {
             for (at, j) in keys.rows() {
@@ -254,17 +279,30 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
                     }
                     hidden = hidden.start.min(top)..hidden.end.max(top + step.len());
                     for (j, row) in step.clone().zip(top..) {
-                        let scores = &mut scores[row * PANEL + segment.lane..(row + 1) * PANEL];
-                        for (score, i) in scores.iter_mut().zip(segment.rows.clone()) {
-                            if cover == Cover::Empty || !mask.sees(segment.pair(i, j)) {
-                                *score = f32::NEG_INFINITY;
-                            }
+                        let lanes = segment.lane..segment.lane + segment.rows.len();
+                        let scores = &mut scores[row * PANEL..][lanes];
+                        match cover {
+                            Cover::Empty => scores.fill(f32::NEG_INFINITY),
+                            _ => mask.hide(segment.head, segment.rows.clone(), j, scores),
                         }
                     }
                 }
             }
         }
         if hidden.is_empty() { 0..0 } else { hidden }
+    }
+}
+
+/// Multiplies the weights, which the normaliser already has, with 0 or `1 / (1 - p)`.
+#[inline(never)]
+fn drop_weights(dropout: &Dropout<'_>, weights: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
+    let mut factors = [0.0; PANEL];
+    for (at, j) in keys.rows() {
+        for segment in &panel.segments {
+            let weights = &mut weights[at * PANEL + segment.lane..][..segment.rows.len()];
+            dropout.factors(segment.head, segment.rows.clone(), j, &mut factors);
+            weights.iter_mut().zip(factors).for_each(|(weight, factor)| *weight *= factor);
+        }
     }
 }
 
@@ -309,14 +347,17 @@ fn accumulate_poisoned<S: Simd>(
     accumulate(simd, [width, lanes, n_keys], Wide { data: finite_v, stride: width }, weights, acc);
 }
 
-/// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged.
+/// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged. `rows` is
+/// scratch, `[PANEL, head_dim_v]`.
 #[inline(always)]
-fn write(panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>) {
+fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>, rows: &mut Vec<f32>) {
     for (p, panel) in panels.iter().enumerate() {
-        let columns = panel.acc.as_chunks::<PANEL>().0;
+        let width = panel.acc.len() / PANEL;
+        rows.resize(PANEL * width, 0.0);
+        transpose(simd, Rows::new(&panel.acc, width, PANEL, PANEL), 1.0, rows, width);
         for segment in &panel.segments {
             for (lane, i) in segment.lanes() {
-                let (reference, sum) = panel.softmax.state(lane);
+                let (acc, (reference, sum)) = (&rows[lane * width..][..width], panel.softmax.state(lane));
                 match &mut task.out {
                     TaskOut::Final(heads) => {
                         let out = &mut heads[segment.head.head - task.heads.start];
@@ -324,16 +365,17 @@ fn write(panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>) {
                         let sink = sinks.map(|sinks| sinks[segment.head.head]);
                         let total = Total::new(std::iter::once((reference, sum)), sink);
                         let weight = total.weight(reference);
-                        let element =
-                            |acc: &[f32; PANEL]| if weight == 0.0 { 0.0 } else { acc[lane] * weight };
-                        out.out.store(row, columns.iter().map(element));
+                        if weight == 0.0 {
+                            out.out.store(row, acc.iter().map(|_| 0.0));
+                        } else {
+                            out.out.store(row, acc.iter().map(|x| x * weight));
+                        }
                         total.store_lse(out, row);
                     }
-                    TaskOut::Partial(rows) => {
-                        let width = columns.len() + 2;
-                        let row = &mut rows[(p * PANEL + lane) * width..][..width];
-                        row.iter_mut().zip(columns).for_each(|(out, acc)| *out = acc[lane]);
-                        row[width - 2..].copy_from_slice(&[reference, sum]);
+                    TaskOut::Partial(parts) => {
+                        let part = &mut parts[(p * PANEL + lane) * (width + 2)..][..width + 2];
+                        part[..width].copy_from_slice(acc);
+                        part[width..].copy_from_slice(&[reference, sum]);
                     }
                 }
             }

@@ -19,8 +19,10 @@ mod rows;
 mod tasks;
 
 use crate::tiles::TileSizes;
+use attn_core::dropout::Dropout;
 use attn_core::mask::Mask;
 use attn_core::parallel::for_each_task;
+use attn_core::qk_norm::QkNorm;
 use attn_core::score::ScoreMod;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, check_lse};
@@ -41,6 +43,10 @@ pub struct Spec<'a, M: ?Sized, C: ?Sized> {
     pub key_bias: Option<&'a [f32]>,
     /// A logit for each query head that enters the normaliser and has no value, `[n_heads_q]`.
     pub sinks: Option<&'a [f32]>,
+    /// Weights dropped at random, after the normaliser; the log-sum-exp is without dropout.
+    pub dropout: Option<Dropout<'a>>,
+    /// Queries and keys are normalised row by row before the product.
+    pub qk_norm: Option<QkNorm<'a>>,
     /// Block sizes; `None` chooses by shape.
     pub tiles: Option<TileSizes>,
 }
@@ -56,7 +62,16 @@ impl<M: ?Sized, C: ?Sized> Copy for Spec<'_, M, C> {}
 impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
     /// Scale, mask and score mod; everything else off.
     pub fn new(softmax_scale: f32, mask: &'a M, score_mod: &'a C) -> Self {
-        Self { softmax_scale, mask, score_mod, key_bias: None, sinks: None, tiles: None }
+        Self {
+            softmax_scale,
+            mask,
+            score_mod,
+            key_bias: None,
+            sinks: None,
+            dropout: None,
+            qk_norm: None,
+            tiles: None,
+        }
     }
 
     fn check(&self, shape: &AttnShape) -> Result<()> {
@@ -72,6 +87,9 @@ impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
             && sinks.len() != shape.n_heads_q
         {
             return Err(AttnError::shape("sinks", "n_heads_q", sinks.len(), shape.n_heads_q));
+        }
+        if let Some(norm) = &self.qk_norm {
+            norm.check(shape)?;
         }
         if !self.softmax_scale.is_finite() {
             return Err(AttnError::value("softmax_scale", self.softmax_scale, "a finite number"));

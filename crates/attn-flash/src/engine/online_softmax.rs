@@ -47,14 +47,15 @@ impl OnlineSoftmax {
         let minus_inf = S::f32s::splat(simd, f32::NEG_INFINITY);
         for lane in (0..lanes).step_by(width) {
             let column = |row: &[f32]| S::f32s::from_slice(simd, &row[lane..lane + width]);
-            let rows = || scores.as_chunks::<PANEL>().0.iter();
 
             // Four running maxima: one alone would wait for itself.
+            let (fours, rest) = scores.as_chunks::<PANEL>().0.as_chunks::<4>();
             let mut maxima = [minus_inf; 4];
-            for (at, row) in rows().enumerate() {
-                maxima[at % 4] = maxima[at % 4].max(column(row));
+            for rows in fours {
+                maxima = std::array::from_fn(|r| maxima[r].max(column(&rows[r])));
             }
-            let tile_max = maxima[0].max(maxima[1]).max(maxima[2].max(maxima[3]));
+            let [a, b, c, d] = maxima;
+            let tile_max = rest.iter().fold(a.max(b).max(c.max(d)), |max, row| max.max(column(row)));
 
             let old = column(&self.row_max);
             if tile_max.simd_gt(old + SLACK).any_true() {

@@ -11,6 +11,7 @@ use super::rows::HeadRows;
 use super::tasks::Task;
 use crate::tiles::PANEL;
 use attn_core::mask::{Cover, Head, Mask, Pair};
+use attn_core::qk_norm::QkNorm;
 use attn_core::simd::Simd;
 use attn_core::tile::transpose;
 use attn_core::view::Rows;
@@ -92,12 +93,15 @@ impl Panel {
             [one] => Some(q(one)),
             _ => None,
         };
-        if let Some(HeadRows::F32(rows)) = single {
+        if let (Some(HeadRows::F32(rows)), None) = (single, &spec.qk_norm) {
             return transpose(simd, rows, spec.softmax_scale, &mut self.q, PANEL);
         }
         rows.resize(PANEL * width, 0.0);
         for segment in &self.segments {
             q(segment).copy_to(&mut rows[segment.lane * width..]);
+        }
+        if let Some(norm) = &spec.qk_norm {
+            normalise(rows, self.n_lanes, width, norm);
         }
         transpose(simd, Rows::new(rows, self.n_lanes, width, width), spec.softmax_scale, &mut self.q, PANEL);
     }
@@ -109,6 +113,18 @@ impl Panel {
         let mut covers = self.segments.iter().map(cover);
         let first = covers.next().unwrap_or(Cover::Empty);
         if covers.all(|cover| cover == first) { first } else { Cover::Partial }
+    }
+}
+
+/// Normalises the queries and multiplies them with the weights of both norms: what is left to do for a key is one factor.
+fn normalise(rows: &mut [f32], n_rows: usize, width: usize, norm: &QkNorm<'_>) {
+    let mut row = vec![0.0; width];
+    for q in rows.chunks_exact_mut(width).take(n_rows) {
+        norm.q().apply(q, &mut row);
+        q.copy_from_slice(&row);
+        if let Some(gamma) = norm.gamma_k {
+            q.iter_mut().zip(gamma).for_each(|(q, gamma)| *q *= gamma);
+        }
     }
 }
 
