@@ -1,6 +1,6 @@
 //! Tensors by name, and as what kernels read and write.
 
-use crate::{AttnError, DType, OutMut, Qkv, Result, TensorView, View, ViewMut};
+use crate::{AttnError, DType, Element, OutMut, Qkv, Result, TensorView, View, ViewMut};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 
@@ -20,6 +20,16 @@ pub enum TensorData {
 }
 
 impl TensorData {
+    /// The storage type, if these are floats.
+    pub fn dtype(&self) -> Option<DType> {
+        match self {
+            Self::F32(_) => Some(DType::F32),
+            Self::Bf16(_) => Some(DType::Bf16),
+            Self::F16(_) => Some(DType::F16),
+            Self::I32(_) | Self::U8(_) => None,
+        }
+    }
+
     /// The numbers as f64.
     pub fn to_f64(&self) -> Vec<f64> {
         match self {
@@ -141,6 +151,34 @@ impl NamedTensor {
             TensorData::Bf16(d) => Ok(ViewMut::contiguous("out", d, shape)?.into()),
             TensorData::F16(d) => Ok(ViewMut::contiguous("out", d, shape)?.into()),
             TensorData::I32(_) | TensorData::U8(_) => Err(integers("out")),
+        }
+    }
+
+    /// An f32 tensor rounded to another storage type; others stay as they are.
+    #[must_use]
+    pub fn rounded(&self, dtype: DType) -> Self {
+        let data = match (&self.data, dtype) {
+            (TensorData::F32(from), DType::Bf16) => {
+                TensorData::Bf16(from.iter().map(|x| bf16::store(*x)).collect())
+            }
+            (TensorData::F32(from), DType::F16) => {
+                TensorData::F16(from.iter().map(|x| f16::store(*x)).collect())
+            }
+            (other, _) => other.clone(),
+        };
+        Self { shape: self.shape.clone(), data }
+    }
+
+    /// Multiplies every float.
+    pub fn scale(&mut self, factor: f32) {
+        fn each<E: Element>(data: &mut [E], factor: f32) {
+            data.iter_mut().for_each(|x| *x = E::store(x.load() * factor));
+        }
+        match &mut self.data {
+            TensorData::F32(data) => each(data, factor),
+            TensorData::Bf16(data) => each(data, factor),
+            TensorData::F16(data) => each(data, factor),
+            TensorData::I32(_) | TensorData::U8(_) => {}
         }
     }
 

@@ -2,8 +2,10 @@
 
 mod biases;
 mod by_sequence;
+mod dropout;
 mod formula;
 mod masks;
+mod norm;
 mod options;
 mod run;
 mod sequences;

@@ -1,16 +1,14 @@
 //! `flash` on named tensors.
 //!
 //! In: the tensors of a [`Layout`]; `mask`, `documents_q` with `documents_kv`; `bias`, `alibi_slopes`, `relative_table`,
-//! `t5_table`; `key_bias`, `sinks`. `mask` and `bias` broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right; `mask`
-//! holds booleans as u8, true = attend; the others are f32, ids and lengths i32. All may be given together, except that
+//! `t5_table`; `key_bias`, `sinks`; `keep`, `q_weight`, `k_weight`. `mask`, `keep` and `bias` broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right; `mask` and `keep` hold booleans as u8, true = attend; the others are f32, ids and lengths i32. All may be given together, except that
 //! packed sequences take no tensor over rows and keys.
 //!
 //! Out: `o` and `lse`; with sinks, which `lse` includes, also `lse_without_sink`.
 
 use super::biases::Biases;
 use super::sequences::Layout;
-use super::{biases, masks, options};
-use crate::Flash;
+use super::{biases, dropout, masks, norm, options};
 use attn_core::Result;
 use attn_core::mask::Mask;
 use attn_core::registry::{NamedTensors, Options};
@@ -33,6 +31,13 @@ pub(super) fn run(options: &Options, tensors: &NamedTensors) -> Result<NamedTens
     if let Some((_, key_bias)) = tensors.f32("key_bias")? {
         call = call.key_bias(key_bias);
     }
+    let keep = dropout::keep(tensors)?;
+    if let Some(dropout) = dropout::dropout(options, &keep, &problem.shape())? {
+        call = call.dropout(dropout);
+    }
+    if let Some(norm) = norm::norm(options, tensors)? {
+        call = call.qk_norm(norm);
+    }
 
     let mut given = NamedTensors::default();
     let mut out = layout.output(&problem);
@@ -51,10 +56,11 @@ pub(super) fn run(options: &Options, tensors: &NamedTensors) -> Result<NamedTens
 fn check_names(layout: Layout, tensors: &NamedTensors) -> Result<()> {
     let mut known = layout.tensors().to_vec();
     known.extend(biases::TENSORS);
+    known.extend(norm::TENSORS);
     known.extend(["key_bias", "sinks"]);
     if layout != Layout::Packed {
         known.extend(masks::TENSORS);
-        known.push("bias");
+        known.extend(["bias", "keep"]);
     }
     tensors.only("flash", &known)
 }

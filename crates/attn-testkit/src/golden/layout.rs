@@ -1,31 +1,9 @@
-//! Storage types and orders that files use and our registries do not take as they are.
+//! Orders of axes that files use and our registries do not take as they are.
 
-use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
-use attn_core::{DType, Element};
-use half::{bf16, f16};
-
-/// Rounds `q`, `k` and `v` to a storage type.
-pub(super) fn convert_qkv(inputs: &mut NamedTensors, dtype: DType) {
-    for name in ["q", "k", "v"] {
-        let Some(tensor) = inputs.0.get_mut(name) else { continue };
-        let TensorData::F32(numbers) = &tensor.data else { continue };
-        tensor.data = match dtype {
-            DType::F32 => continue,
-            DType::Bf16 => TensorData::Bf16(numbers.iter().map(|x| bf16::store(*x)).collect()),
-            DType::F16 => TensorData::F16(numbers.iter().map(|x| f16::store(*x)).collect()),
-        };
-    }
-}
-
-/// Multiplies an f32 tensor.
-pub(super) fn scale(inputs: &mut NamedTensors, name: &str, factor: f32) {
-    if let Some(NamedTensor { data: TensorData::F32(numbers), .. }) = inputs.0.get_mut(name) {
-        numbers.iter_mut().for_each(|x| *x *= factor);
-    }
-}
+use attn_core::registry::{NamedTensor, TensorData};
 
 /// `(batch, length, heads * width)` as `(batch, heads, length, width)`; `None` if it is not such a tensor of f32.
-pub(super) fn split_heads(tensor: &NamedTensor, heads: usize) -> Option<NamedTensor> {
+pub(crate) fn split_heads(tensor: &NamedTensor, heads: usize) -> Option<NamedTensor> {
     let (&[batch, n, all], TensorData::F32(from)) = (tensor.shape.as_slice(), &tensor.data) else {
         return None;
     };
@@ -45,7 +23,7 @@ pub(super) fn split_heads(tensor: &NamedTensor, heads: usize) -> Option<NamedTen
 }
 
 /// The way back, for f32.
-pub(super) fn fold_heads(tensor: &NamedTensor) -> Option<NamedTensor> {
+pub(crate) fn fold_heads(tensor: &NamedTensor) -> Option<NamedTensor> {
     let (&[batch, heads, n, width], TensorData::F32(from)) = (tensor.shape.as_slice(), &tensor.data) else {
         return None;
     };
@@ -62,7 +40,7 @@ pub(super) fn fold_heads(tensor: &NamedTensor) -> Option<NamedTensor> {
 
 /// Rows of `first`, then rows of `second`, head by head; `None` unless both are f32 `(batch, heads, length, width)` of
 /// equal other axes.
-pub(super) fn concat_lengths(first: &NamedTensor, second: &NamedTensor) -> Option<NamedTensor> {
+pub(crate) fn concat_lengths(first: &NamedTensor, second: &NamedTensor) -> Option<NamedTensor> {
     let (&[batch, heads, n, width], TensorData::F32(a)) = (first.shape.as_slice(), &first.data) else {
         return None;
     };

@@ -11,7 +11,7 @@
 //! the file asks for more digits than f32 has (values that cancel, a log-sum-exp near zero from large scores), not that a
 //! kernel is wrong. It is counted and said, never hidden.
 
-use super::mapping::Plan;
+use super::Plan;
 use attn_core::registry::{Entry, NamedTensor, TensorData};
 use attn_core::{DType, Result};
 
