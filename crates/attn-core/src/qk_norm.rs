@@ -155,9 +155,30 @@ impl RowNorm<'_> {
         }
     }
 
-    /// What the row is multiplied with, weights apart: the inverse of its norm.
+    /// What the row is multiplied with, weights apart: the inverse of its norm, to f32 rounding.
+    #[inline(always)]
     pub fn factor(&self, x: &[f32]) -> f32 {
-        self.inverse(x).0 as f32
+        // Sixteen running sums, which the compiler can keep in vector registers.
+        let (chunks, rest) = x.as_chunks::<16>();
+        let mut sums = [0.0f32; 16];
+        for chunk in chunks {
+            for (sum, x) in sums.iter_mut().zip(chunk) {
+                *sum += x * x;
+            }
+        }
+        for half in [8, 4, 2, 1] {
+            for lane in 0..half {
+                sums[lane] += sums[lane + half];
+            }
+        }
+        let squares = rest.iter().fold(sums[0], |sum, x| sum + x * x);
+        // Squares that overflow or vanish in f32 do not in f64; a NaN stays one.
+        let safe = squares > 1e-20 && squares < 1e30;
+        match self.kind {
+            NormKind::Rms { eps } if safe => 1.0 / (squares / x.len() as f32 + eps).sqrt(),
+            NormKind::L2 { eps } if safe => 1.0 / squares.sqrt().max(eps),
+            _ => self.inverse(x).0 as f32,
+        }
     }
 
     /// `r`, and the factor of `x c r` in the gradient.

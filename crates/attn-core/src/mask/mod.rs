@@ -100,6 +100,18 @@ pub trait Mask: Sync {
     /// Sets the scores of the `rows` that do not see key `j` to -inf; `scores[r]` is that of row `rows.start + r`.
     #[inline(always)]
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        if let Ok(lanes) = <&mut [f32; 32]>::try_from(&mut *scores)
+            && rows.len() == 32
+        {
+            // On a copy and of known length: only so does the compiler use vectors.
+            let mut hidden = *lanes;
+            for (lane, score) in hidden.iter_mut().enumerate() {
+                let seen = self.sees(head.pair(rows.start + lane, j));
+                *score = if seen { *score } else { f32::NEG_INFINITY };
+            }
+            *lanes = hidden;
+            return;
+        }
         for (i, score) in rows.zip(scores) {
             if !self.sees(head.pair(i, j)) {
                 *score = f32::NEG_INFINITY;

@@ -1,6 +1,6 @@
 //! Additive biases, and where their gradients belong.
 
-use super::ScoreMod;
+use super::{ScoreMod, ScoreTile};
 use crate::mask::{Pair, broadcast_strides};
 use crate::{AttnShape, Result};
 
@@ -94,5 +94,28 @@ impl ScoreMod for Bias<'_> {
     #[inline(always)]
     fn derivative(&self, _: f32, _: Pair) -> f32 {
         1.0
+    }
+
+    /// Rows of the bias lie along the keys, lanes along the rows: read in small squares, so that a cache line is used whole.
+    #[inline(always)]
+    fn apply_tile(&self, tile: ScoreTile<'_>) {
+        const SIDE: usize = 16;
+        let ScoreTile { head, rows, keys, scores, stride } = tile;
+        let [_, _, step_i, step_j] = self.strides;
+        for first_j in keys.clone().step_by(SIDE) {
+            for first_i in rows.clone().step_by(SIDE) {
+                let (n_i, n_j) = (SIDE.min(rows.end - first_i), SIDE.min(keys.end - first_j));
+                let from = &self.bias[self.index(head.pair(first_i, first_j))..];
+                let mut square = [[0.0; SIDE]; SIDE];
+                for i in 0..n_i {
+                    let row = &from[i * step_i..];
+                    (0..n_j).for_each(|j| square[j][i] = row[j * step_j]);
+                }
+                for (j, column) in square[..n_j].iter().enumerate() {
+                    let at = (first_j - keys.start + j) * stride + first_i - rows.start;
+                    scores[at..at + n_i].iter_mut().zip(column).for_each(|(s, b)| *s += b);
+                }
+            }
+        }
     }
 }

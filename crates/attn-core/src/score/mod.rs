@@ -35,7 +35,8 @@ pub use soft_cap::SoftCap;
 pub use t5::{T5Bias, T5Buckets};
 pub use then::Then;
 
-use crate::mask::Pair;
+use crate::mask::{Head, Pair};
+use std::ops::Range;
 
 /// A function of a scaled score and of where it stands.
 pub trait ScoreMod: Sync {
@@ -62,6 +63,51 @@ pub trait ScoreMod: Sync {
     #[inline(always)]
     fn is_identity(&self) -> bool {
         false
+    }
+
+    /// [`ScoreMod::apply`] to every score of a tile.
+    #[inline(always)]
+    fn apply_tile(&self, tile: ScoreTile<'_>) {
+        let ScoreTile { head, rows, keys, scores, stride } = tile;
+        for (j, row) in keys.zip(scores.chunks_mut(stride)) {
+            if let (Ok(lanes), 32) = (<&mut [f32; 32]>::try_from(&mut *row), rows.len()) {
+                // On a copy and of known length: only so does the compiler use vectors.
+                let mut new = *lanes;
+                for (lane, score) in new.iter_mut().enumerate() {
+                    *score = self.apply(*score, head.pair(rows.start + lane, j));
+                }
+                *lanes = new;
+            } else {
+                for (score, i) in row.iter_mut().zip(rows.clone()) {
+                    *score = self.apply(*score, head.pair(i, j));
+                }
+            }
+        }
+    }
+}
+
+/// Scores of some rows and keys of a head: that of row `i` and key `j` is
+/// `scores[(j - keys.start) * stride + i - rows.start]`.
+#[derive(Debug)]
+pub struct ScoreTile<'a> {
+    /// The head.
+    pub head: Head,
+    /// Query rows, at most `stride`.
+    pub rows: Range<usize>,
+    /// Key rows.
+    pub keys: Range<usize>,
+    /// Key by key; the last may end with its last row.
+    pub scores: &'a mut [f32],
+    /// From one key to the next.
+    pub stride: usize,
+}
+
+impl ScoreTile<'_> {
+    /// The same tile for a shorter time.
+    #[inline(always)]
+    pub fn reborrow(&mut self) -> ScoreTile<'_> {
+        let (rows, keys) = (self.rows.clone(), self.keys.clone());
+        ScoreTile { head: self.head, rows, keys, scores: &mut *self.scores, stride: self.stride }
     }
 }
 
@@ -92,6 +138,11 @@ impl<T: ScoreMod + ?Sized> ScoreMod for &T {
     fn is_identity(&self) -> bool {
         (**self).is_identity()
     }
+
+    #[inline(always)]
+    fn apply_tile(&self, tile: ScoreTile<'_>) {
+        (**self).apply_tile(tile);
+    }
 }
 
 /// `None` leaves scores alone.
@@ -121,6 +172,13 @@ impl<C: ScoreMod> ScoreMod for Option<C> {
     #[inline(always)]
     fn is_identity(&self) -> bool {
         self.as_ref().is_none_or(ScoreMod::is_identity)
+    }
+
+    #[inline(always)]
+    fn apply_tile(&self, tile: ScoreTile<'_>) {
+        if let Some(score_mod) = self {
+            score_mod.apply_tile(tile);
+        }
     }
 }
 

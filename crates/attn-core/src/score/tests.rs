@@ -133,3 +133,31 @@ fn offsets_beyond_any_length_are_refused() {
     assert!(RelativeBias::new(&[0.0; 3], usize::MAX, &SHAPE, 0).is_err());
     assert!(RelativeBias::new(&[0.0; 8], 1, &SHAPE, 0).is_err());
 }
+
+#[test]
+fn tiles_are_scores_one_by_one() {
+    let shape = AttnShape { n_q: 70, n_kv: 90, ..AttnShape::square(2, 1, 1) };
+    let bias: Vec<f32> = (0..2 * 70 * 90).map(|x| (x as f32 * 0.37).sin()).collect();
+    let full = Bias::new(&bias, &[2, 70, 90], &shape).unwrap();
+    let column = Bias::new(&bias[..70], &[70, 1], &shape).unwrap();
+    let alibi = Alibi::new(Alibi::default_slopes(2), &shape, 20).unwrap();
+    let mods: [&dyn ScoreMod; 5] =
+        [&full, &column, &alibi, &Some(Then(SoftCap::new(2.0).unwrap(), full)), &Then(Unchanged, column)];
+    for (m, score_mod) in mods.iter().enumerate() {
+        for (rows, keys) in [(0..32, 0..64), (38..70, 3..90), (5..6, 7..8), (10..27, 80..90), (0..32, 9..10)]
+        {
+            let (head, stride) = (Head { batch: 0, head: 1 }, 32);
+            let before: Vec<f32> =
+                (0..(keys.len() - 1) * stride + rows.len()).map(|x| (x as f32 * 0.11).cos()).collect();
+            let mut scores = before.clone();
+            let tile =
+                ScoreTile { head, rows: rows.clone(), keys: keys.clone(), scores: &mut scores, stride };
+            score_mod.apply_tile(tile);
+            for (at, (got, was)) in scores.iter().zip(before).enumerate() {
+                let (j, i) = (keys.start + at / stride, rows.start + at % stride);
+                let want = if i < rows.end { score_mod.apply(was, head.pair(i, j)) } else { was };
+                assert!((got - want).abs() <= 1e-6, "mod {m}, row {i}, key {j}: {got} for {want}");
+            }
+        }
+    }
+}

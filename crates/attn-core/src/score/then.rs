@@ -1,6 +1,6 @@
 //! One score mod after another.
 
-use super::ScoreMod;
+use super::{ScoreMod, ScoreTile};
 use crate::mask::Pair;
 
 /// First `A`, then `B`.
@@ -33,5 +33,15 @@ impl<A: ScoreMod, B: ScoreMod> ScoreMod for Then<A, B> {
     #[inline(always)]
     fn is_identity(&self) -> bool {
         self.0.is_identity() && self.1.is_identity()
+    }
+
+    #[inline(always)]
+    fn apply_tile(&self, mut tile: ScoreTile<'_>) {
+        if !self.0.is_identity() {
+            self.0.apply_tile(tile.reborrow());
+        }
+        if !self.1.is_identity() {
+            self.1.apply_tile(tile);
+        }
     }
 }

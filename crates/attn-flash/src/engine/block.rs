@@ -21,7 +21,7 @@ use crate::tiles::{PANEL, TileSizes};
 use attn_core::AttnShape;
 use attn_core::dropout::Dropout;
 use attn_core::mask::{Cover, Mask};
-use attn_core::score::ScoreMod;
+use attn_core::score::{ScoreMod, ScoreTile};
 use attn_core::simd::{Simd, SimdBase, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
 use attn_core::view::Rows;
@@ -222,7 +222,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
             TileMut { data: scores, stride: PANEL },
             Start::Zero,
         );
-        self.modify(scores, panel, &keys);
+        self.modify(simd, scores, panel, &keys);
         let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
         panel.softmax.absorb(simd, scores, &mut panel.acc, lanes);
         if let Some(dropout) = &self.spec.dropout {
@@ -242,24 +242,23 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
 
     /// Norm of the keys, score mod and key bias.
     #[inline(always)]
-    fn modify(&self, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
-        for (scores, scale) in scores.chunks_exact_mut(PANEL).zip(keys.scale) {
-            scores.iter_mut().for_each(|s| *s *= scale);
+    fn modify<S: Simd>(&self, simd: S, scores: &mut [f32], panel: &Panel, keys: &Keys<'_>) {
+        for (row, scale) in scores.as_chunks_mut::<PANEL>().0.iter_mut().zip(keys.scale) {
+            each_vector(simd, row, |s| s * *scale);
         }
-        let score_mod = self.spec.score_mod;
-        if !score_mod.is_identity() {
-            for (at, j) in keys.rows() {
-                let scores = &mut scores[at * PANEL..][..PANEL];
+        if !self.spec.score_mod.is_identity() {
+            for (at, range) in keys.pieces() {
                 for segment in &panel.segments {
-                    for (score, i) in scores[segment.lane..].iter_mut().zip(segment.rows.clone()) {
-                        *score = score_mod.apply(*score, segment.pair(i, j));
-                    }
+                    let (head, rows, keys) = (segment.head, segment.rows.clone(), range.clone());
+                    let last = (at + keys.len() - 1) * PANEL + segment.lane + rows.len();
+                    let scores = &mut scores[at * PANEL + segment.lane..last];
+                    self.spec.score_mod.apply_tile(ScoreTile { head, rows, keys, scores, stride: PANEL });
                 }
             }
         }
         if let Some(bias) = self.key_bias {
-            for (at, j) in keys.rows() {
-                scores[at * PANEL..][..PANEL].iter_mut().for_each(|s| *s += bias[j]);
+            for ((_, j), row) in keys.rows().zip(scores.as_chunks_mut::<PANEL>().0) {
+                each_vector(simd, row, |s| s + bias[j]);
             }
         }
     }
@@ -290,6 +289,14 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
             }
         }
         if hidden.is_empty() { 0..0 } else { hidden }
+    }
+}
+
+/// `row = change(row)`, a vector at a time.
+#[inline(always)]
+fn each_vector<S: Simd>(simd: S, row: &mut [f32; PANEL], change: impl Fn(S::f32s) -> S::f32s) {
+    for vector in row.chunks_exact_mut(S::f32s::LEN) {
+        change(S::f32s::from_slice(simd, vector)).store_slice(vector);
     }
 }
 
