@@ -17,6 +17,7 @@ mod kernelised;
 mod linear;
 mod linear_elu;
 pub mod matrix_state;
+pub mod recurrent;
 mod named;
 mod registry;
 mod retnet;

@@ -172,7 +172,9 @@ pub(super) fn prepare<S: Simd>(simd: S, chunk: &Chunk, x: &mut Scratch) {
 pub(super) fn solve<S: Simd>(simd: S, chunk: &Chunk, state: &[f32], x: &mut Scratch) {
     let Options { key_dim, value_dim, erase, .. } = x.options;
     let (writes, stride, tied) = (chunk.len * x.options.writes, x.stride, erase == Erase::Tied);
-    if tied {
+    // A strength multiplies what is read, hence the values come after it, row by row.
+    let weak = !chunk.strength.is_empty();
+    if tied && !weak {
         x.solved[..writes * value_dim].copy_from_slice(&chunk.v);
     }
     product(
@@ -181,7 +183,7 @@ pub(super) fn solve<S: Simd>(simd: S, chunk: &Chunk, state: &[f32], x: &mut Scra
         Lhs { data: &x.a_faded, row_stride: key_dim, col_stride: 1 },
         Rhs { data: state, stride: value_dim },
         TileMut { data: &mut x.solved, stride: value_dim },
-        if tied { Start::Keep } else { Start::Zero },
+        if tied && !weak { Start::Keep } else { Start::Zero },
     );
     let own = Triangle { data: &x.ak, stride, seen: &|w| w };
     if !tied {
@@ -200,23 +202,37 @@ pub(super) fn solve<S: Simd>(simd: S, chunk: &Chunk, state: &[f32], x: &mut Scra
             TileMut { data: these, stride: value_dim },
             Start::Keep,
         );
-        substitute(simd, &matrix.data[first * stride + first..], stride, rows, value_dim, these);
+        let p = &matrix.data[first * stride + first..];
+        let own = first * value_dim..(first + rows) * value_dim;
+        let weak = weak.then(|| (&chunk.strength[own.clone()], &chunk.v[own]));
+        substitute(simd, p, stride, [rows, value_dim], weak, these);
     }
 }
 
-/// `x <- (I - P)^-1 x` for one block of rows.
+/// `x <- (I - P)^-1 x` for one block of rows; with strengths and values, `x_i <- v_i + strength_i o (x_i + ..)`.
 #[inline(always)]
-fn substitute<S: Simd>(simd: S, p: &[f32], stride: usize, rows: usize, width: usize, x: &mut [f32]) {
-    for i in 1..rows {
+fn substitute<S: Simd>(
+    simd: S,
+    p: &[f32],
+    stride: usize,
+    [rows, width]: [usize; 2],
+    weak: Option<(&[f32], &[f32])>,
+    x: &mut [f32],
+) {
+    for i in 0..rows {
         let (before, row) = x.split_at_mut(i * width);
         product(
             simd,
             [1, width, i],
-            Lhs { data: &p[i * stride..], row_stride: stride, col_stride: 1 },
+            Lhs { data: &p[(i * stride).min(p.len())..], row_stride: stride, col_stride: 1 },
             Rhs { data: before, stride: width },
             TileMut { data: row, stride: width },
             Start::Keep,
         );
+        if let Some((strength, v)) = weak {
+            let rows = row[..width].iter_mut().zip(&strength[i * width..]).zip(&v[i * width..]);
+            rows.for_each(|((x, strength), v)| *x = v + strength * *x);
+        }
     }
 }
 

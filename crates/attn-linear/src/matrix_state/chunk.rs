@@ -20,6 +20,11 @@ pub struct Chunk {
     pub a: Vec<f32>,
     /// Directions the erase writes along `[writes, key_dim]`, if not the write key.
     pub b: Vec<f32>,
+    /// How strongly each value channel takes part in a tied erase `[writes, value_dim]`: `u = v + strength o (S^T a)`;
+    /// empty is 1.
+    pub strength: Vec<f32>,
+    /// What a variant's front end tells its back end.
+    pub notes: Vec<f32>,
     /// What a token's own write weighs under [`Read::Pre`], `[key_dim]`.
     pub bonus: Vec<f32>,
 }
@@ -78,6 +83,8 @@ impl Chunk {
             log_decay: cut(&self.log_decay, options.writes),
             a: cut(&self.a, options.writes),
             b: cut(&self.b, options.writes),
+            strength: cut(&self.strength, options.writes),
+            notes: cut(&self.notes, 1),
             bonus: self.bonus.clone(),
         }
     }

@@ -20,18 +20,28 @@
 //! Every weight is `2` to a difference of sums of decays, so strong decays underflow to 0 and nothing else.
 
 mod attend;
+mod attention;
 mod chunk;
 mod fading;
+mod inputs;
+mod memory;
 pub mod naive;
 mod options;
+mod run;
 mod scores;
 mod step;
 #[cfg(test)]
 mod tests;
+mod variant;
 mod weights;
 
+pub use attention::StateAttention;
 pub use chunk::Chunk;
+pub use inputs::{Extra, Inputs, Per, Sizes, Width};
+pub use memory::{Memory, Part};
 pub use options::{Decay, Erase, EraseAt, Options, Read};
+pub use variant::{Plan, StateVariant, Tokens};
+pub(crate) use variant::{copy, copy_or};
 
 use attend::{Attend, Scratch};
 use attn_core::simd::Isa;

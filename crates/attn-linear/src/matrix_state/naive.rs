@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! S~ = diag(e^gk) S diag(e^gv)
-//! S' = S~ + b (a^T S)^T + k v^T          tied: S' = S~ + k (v + S^T a)^T; the erase reads S or S~
+//! S' = S~ + b (a^T S)^T + k v^T          tied: S' = S~ + k (v + strength o S^T a)^T; the erase reads S or S~
 //! o  = scale q^T S'                      or before the write: scale (q^T S + (sum_c q_c u_c k_c) v^T)
 //! ```
 
@@ -42,6 +42,7 @@ pub fn recurrence(o: &Options, x: &Chunk, initial: &[f64]) -> Sequence {
                 let seen = if o.erase_at == EraseAt::Before { &previous } else { &s };
                 let y: Vec<f64> =
                     (0..value_dim).map(|j| (0..key_dim).map(|c| a[c] * seen[at(c, j)]).sum()).collect();
+                let y: Vec<f64> = y.iter().enumerate().map(|(j, y)| strength(o, x, w, j) * y).collect();
                 let along = if o.erase == Erase::Tied { k.clone() } else { row(&x.b, key_dim, w) };
                 (0..key_dim).for_each(|c| (0..value_dim).for_each(|j| s[at(c, j)] += along[c] * y[j]));
             }
@@ -99,7 +100,7 @@ pub fn quadratic(o: &Options, x: &Chunk, initial: &[f64]) -> Vec<f64> {
                 let at = if o.erase_at == EraseAt::After { Some(w) } else { w.checked_sub(1) };
                 let a = row(&x.a, key_dim, w);
                 let before: f64 = (0..w).map(|j| contribution(&a, at, j, &y)).sum();
-                y.push(from_initial(&a, at, col) + before);
+                y.push(strength(o, x, w, col) * (from_initial(&a, at, col) + before));
             }
         }
         for i in 0..x.len {
@@ -129,6 +130,11 @@ fn gate(o: &Options, x: &Chunk, w: usize, c: usize, j: usize) -> f64 {
         Decay::Key => g(w * o.key_dim + c),
         Decay::Value => g(w * o.value_dim + j),
     }
+}
+
+/// How strongly value channel `j` takes part in the erase of write `w`.
+fn strength(o: &Options, x: &Chunk, w: usize, j: usize) -> f64 {
+    x.strength.get(w * o.value_dim + j).map_or(1.0, |s| f64::from(*s))
 }
 
 fn row(data: &[f32], width: usize, i: usize) -> Vec<f64> {

@@ -105,6 +105,10 @@ fn erase<S: Simd>(simd: S, chunk: &Chunk, w: usize, state: &[f32], x: &mut Scrat
     let solved = &mut x.solved[w * value_dim..][..value_dim];
     read_state(simd, &o, faded, state, solved);
     if o.erase == Erase::Tied {
+        solved
+            .iter_mut()
+            .zip(chunk.strength.get(w * value_dim..).unwrap_or_default())
+            .for_each(|(u, s)| *u *= s);
         solved.iter_mut().zip(&chunk.v[w * value_dim..]).for_each(|(u, v)| *u += v);
     }
 }

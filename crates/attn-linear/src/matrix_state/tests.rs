@@ -45,6 +45,9 @@ fn sequence(o: &Options, len: usize, strength: Strength, seed: u32) -> Chunk {
     if o.erase == Erase::Untied {
         x.a.iter_mut().zip(numbers(len * o.writes * o.key_dim, seed + 6)).for_each(|(a, r)| *a *= 0.5 * r);
     }
+    if o.erase == Erase::Tied && seed % 2 == 1 {
+        x.strength = numbers(x.v.len(), seed + 8);
+    }
     let decays = numbers(x.log_decay.len(), seed + 7);
     x.log_decay.iter_mut().zip(decays).enumerate().for_each(|(at, (g, r))| {
         *g = match (strength, at % 7) {
@@ -164,6 +167,7 @@ fn later_tokens_change_no_bit_of_earlier_outputs() {
             to[kept..].iter_mut().step_by(3).for_each(|x| *x = f32::NAN);
         }
         changed.bonus.clone_from(&x.bonus);
+        changed.strength.clone_from(&x.strength);
         let initial = numbers(o.state_len(), 5);
         for chunk_len in [16, 32] {
             let (before, _) = run(Isa::current(), &o, &x, &initial, chunk_len);
