@@ -5,7 +5,7 @@ use super::formula::FormulaScore;
 use crate::Flash;
 use crate::engine::Problem;
 use attn_core::registry::{NamedTensors, Options};
-use attn_core::score::{Alibi, Bias, RelativeBias, ScoreMod, T5Bias, T5Buckets, Then};
+use attn_core::score::{Alibi, Bias, BiasIndex, RelativeBias, ScoreMod, T5Bias, T5Buckets, Then};
 use attn_core::{AttnError, Result};
 
 /// Tensors that are added to scores, for any sequences.
@@ -59,6 +59,14 @@ impl<'a> Biases<'a> {
             relative: relative.transpose()?,
             t5: t5.transpose()?,
         })
+    }
+
+    /// Those that are learned: their tensors' names, and which pair reads which element.
+    pub(super) fn learned(&self) -> Vec<(&'static str, &dyn BiasIndex)> {
+        let bias = self.bias.as_ref().map(|bias| ("bias", bias as &dyn BiasIndex));
+        let relative = self.relative.as_ref().map(|table| ("relative_table", table as &dyn BiasIndex));
+        let t5 = self.t5.as_ref().map(|table| ("t5_table", table as &dyn BiasIndex));
+        [bias, relative, t5].into_iter().flatten().collect()
     }
 
     /// All of them, in order.

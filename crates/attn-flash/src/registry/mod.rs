@@ -4,6 +4,7 @@ mod biases;
 mod by_sequence;
 mod dropout;
 mod formula;
+mod gradients;
 mod masks;
 mod norm;
 mod options;

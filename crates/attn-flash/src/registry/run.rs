@@ -4,9 +4,10 @@
 //! `t5_table`; `key_bias`, `sinks`; `keep`, `q_weight`, `k_weight`. `mask`, `keep` and `bias` broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right; `mask` and `keep` hold booleans as u8, true = attend; the others are f32, ids and lengths i32. All may be given together, except that
 //! packed sequences take no tensor over rows and keys.
 //!
-//! Out: `o` and `lse`; with sinks, which `lse` includes, also `lse_without_sink`.
+//! Out: `o` and `lse`; with sinks, which `lse` includes, also `lse_without_sink`; with `grad_o`, gradients (see [`Called`]).
 
 use super::biases::Biases;
+use super::gradients::Called;
 use super::sequences::Layout;
 use super::{biases, dropout, masks, norm, options};
 use attn_core::Result;
@@ -48,6 +49,10 @@ pub(super) fn run(options: &Options, tensors: &NamedTensors) -> Result<NamedTens
         call = call.sinks(sinks);
     }
     call.forward(problem, layout.view_mut("o", &mut out)?, Some(&mut lse))?;
+    if let Some(grad_o) = tensors.get("grad_o") {
+        let called = Called { call: &call, layout, problem, tensors, biases: &biases, out: &out, lse: &lse };
+        given.0.extend(called.gradients(grad_o)?.0);
+    }
     given.0.insert("lse".into(), layout.lse(&problem, lse)?);
     given.0.insert("o".into(), out);
     Ok(given)
@@ -57,7 +62,7 @@ fn check_names(layout: Layout, tensors: &NamedTensors) -> Result<()> {
     let mut known = layout.tensors().to_vec();
     known.extend(biases::TENSORS);
     known.extend(norm::TENSORS);
-    known.extend(["key_bias", "sinks"]);
+    known.extend(["key_bias", "sinks", "grad_o"]);
     if layout != Layout::Packed {
         known.extend(masks::TENSORS);
         known.extend(["bias", "keep"]);
