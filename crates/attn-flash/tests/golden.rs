@@ -1,8 +1,6 @@
 //! Flash against outputs and gradients of other people's code; see `testdata/README.md`.
 
-use attn_core::Attention;
 use attn_core::registry::{Entry, find};
-use attn_flash::Flash;
 use attn_testkit::golden::{GoldenCase, Verdict, exact, judge, load_dir};
 
 fn cases() -> Vec<GoldenCase> {
@@ -23,11 +21,10 @@ fn verdict(case: &GoldenCase) -> Verdict {
 
 #[test]
 fn every_case_agrees() {
-    let no_backward = Flash::full().as_differentiable().is_none();
     let mut wrong = Vec::new();
     for case in cases() {
         let Verdict { checked, mut unchecked, failure, .. } = verdict(&case);
-        unchecked.retain(|one| !(no_backward && one.tensor.starts_with("grad.")));
+        unchecked.retain(|one| !one.because.ends_with("does not support the gradient of a bias"));
         let outputs = checked.iter().filter(|name| name.starts_with("out.")).count();
         if let Some(failure) = failure {
             wrong.push(format!("{}: {failure}", case.case));
@@ -65,11 +62,15 @@ fn streams_merges_and_diagnostics_are_compared_too() {
 /// - `adv-big-v`: values of +-1e30 whose weighted sums cancel to a 65,000th in 4 of 2048 outputs; 1e-4 of each output needs
 ///   weights to nine digits (numpy in f32 misses it 270-fold).
 /// - `adv-identical-keys`: log-sum-exps near 0 to a millionth, from scores near 4 whose last bit is worth 4.8e-7.
+/// - `adv-scores-1e4`, `adv-tiny-weights`: gradients that cancel to nothing, to 1e-5, behind scores up to 1e4.
 /// - `adv-nan-inf`: zeros are stored for the row of a NaN query; here, as the file's own note says, it is NaN.
 #[test]
 fn departures_from_files_are_few_and_said() {
     let all = cases();
     let noted = all.iter().filter(|case| verdict(case).notes.iter().any(|note| !note.starts_with("float64")));
     let noted: Vec<&str> = noted.map(|case| case.case.as_str()).collect();
-    assert_eq!(noted, ["adv-big-v", "adv-identical-keys", "adv-nan-inf"]);
+    assert_eq!(
+        noted,
+        ["adv-big-v", "adv-identical-keys", "adv-nan-inf", "adv-scores-1e4", "adv-tiny-weights"]
+    );
 }

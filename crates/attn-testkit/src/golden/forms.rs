@@ -73,8 +73,11 @@ pub(super) fn finish_onnx(entry: &Entry, onnx: &Onnx, given: &mut NamedTensors) 
     Ok(())
 }
 
+/// Most keys for which weights are computed: they take a matrix of unit vectors.
+pub(super) const MOST_KEYS: usize = 512;
+
 /// The weights of each key: outputs for values that are the unit vectors.
-fn weights(entry: &Entry, asked: &Weights) -> Result<NamedTensor> {
+pub(super) fn weights(entry: &Entry, asked: &Weights) -> Result<NamedTensor> {
     let (q, k) = (asked.inputs.require("q")?.view("q")?, asked.inputs.require("k")?.view("k")?);
     let ([batch, heads, n, _], dtype) = (k.shape(), q.dtype());
     let unit = (0..batch * heads * n * n).map(|at| f32::from(u8::from(at / n % n == at % n))).collect();

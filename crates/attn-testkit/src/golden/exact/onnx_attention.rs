@@ -10,14 +10,12 @@
 //!   scores, 1 the capped ones, 2 those with bias and -inf where hidden, 3 the weights. Flash forms none of them; the
 //!   weights are its output for values that are unit vectors, and a score is `ln p + lse`.
 
+use super::super::forms::MOST_KEYS;
 use super::super::layout::{concat_lengths, split_heads};
 use super::super::{Form, GoldenCase, Onnx, Plan, Weights};
 use attn_core::AttnError;
 use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
 use serde_json::Value;
-
-/// Most keys for which the weights are computed: they take a matrix of unit vectors.
-const MOST_KEYS: usize = 512;
 
 pub(super) fn plan(case: &GoldenCase) -> Result<Plan, String> {
     let known = ["q", "k", "v", "past_key", "past_value", "attn_mask", "nonpad_kv_seqlen"];
