@@ -77,3 +77,50 @@ fn mamba2_equals_transformers() {
     let names = [("Bm", "k"), ("Cm", "q"), ("x", "v"), ("A", "a"), ("D", "d")];
     check("mamba2", 5, &names, |case| Options::new().with("softplus", &case.options["dt_softplus"]));
 }
+
+#[test]
+fn rwkv_equals_flash_linear_attention() {
+    check("rwkv5", 1, &[("u", "bonus")], plain);
+    check("rwkv6", 5, &[("u", "bonus")], plain);
+    check("rwkv7", 5, &[("r", "q"), ("a", "alpha")], plain);
+}
+
+#[test]
+fn lightning_equals_transformers() {
+    check("lightning", 3, &[], plain);
+    // Its slopes are the ones we take where none are given.
+    for case in cases("lightning", 3) {
+        let slopes = case.inputs.f32("slope").unwrap().unwrap().1;
+        let [layer, layers] = ["layer", "layers"].map(|name| case.options[name].as_u64().unwrap() as usize);
+        let ours = attn_linear::recurrent::Lightning { scale: 1.0, layer, layers, chunk_len: 64 };
+        for (h, slope) in slopes.iter().enumerate() {
+            let got = ours.slope(h, slopes.len());
+            assert!((got - slope).abs() <= 1e-6 * slope, "{}: {got} {slope}", case.case);
+        }
+    }
+}
+
+#[test]
+fn hgrn2_equals_flash_linear_attention() {
+    check("hgrn2", 3, &[("f", "k")], |case| Options::new().with("lower_bound", &case.options["lower_bound"]));
+}
+
+#[test]
+fn delta_products_equal_flash_linear_attention() {
+    let options = |case: &GoldenCase| raw_keys(case).with("householders", &case.options["num_householder"]);
+    for case in cases("gated-deltaproduct", 3) {
+        let gated = case.options["gate"].as_bool().unwrap();
+        let name = if gated { "gated-deltaproduct" } else { "deltaproduct" };
+        let options = options(&case).with("scale", &case.options["scale"]);
+        let tensors = renamed(&case, &[("s0", "initial_state"), ("g", "log_decay")]);
+        case.assert_outputs(&find(&registry(), name).unwrap().run(&options, &tensors).unwrap());
+    }
+}
+
+#[test]
+fn other_delta_rules_equal_flash_linear_attention() {
+    check("comba", 3, &[], raw_keys);
+    check("gdn2", 3, &[("b", "erase_gate"), ("wgate", "write_gate")], raw_keys);
+    check("dplr", 3, &[], raw_keys);
+    check("iplr", 3, &[], raw_keys);
+}

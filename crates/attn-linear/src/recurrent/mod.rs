@@ -1,14 +1,28 @@
 //! The variants of the matrix-state engine ([`crate::matrix_state`]): each a front end, a row of its table, a back end.
 
+mod comba;
 mod delta;
+mod delta_product;
+mod dplr;
 mod front;
 mod gla;
+mod hgrn2;
+mod lightning;
 mod mamba2;
+mod rwkv;
+mod rwkv7;
 mod simple_gla;
 
+pub use comba::{Comba, Gdn2};
 pub use delta::{DeltaNet, DeltaRule, Gate, GatedDeltaNet, Kda};
+pub use delta_product::{DeltaProduct, GatedDeltaProduct};
+pub use dplr::{Dplr, Iplr};
 pub use gla::Gla;
+pub use hgrn2::Hgrn2;
+pub use lightning::Lightning;
 pub use mamba2::Mamba2;
+pub use rwkv::{Rwkv5, Rwkv6};
+pub use rwkv7::Rwkv7;
 pub use simple_gla::SimpleGla;
 
 use crate::matrix_state::{StateAttention, StateVariant};
@@ -36,5 +50,16 @@ pub(crate) fn entries() -> Vec<Entry> {
         entry::<GatedDeltaNet>(),
         entry::<Kda>(),
         entry::<Mamba2>(),
+        entry::<Rwkv5>(),
+        entry::<Rwkv6>(),
+        entry::<Rwkv7>(),
+        entry::<Lightning>(),
+        entry::<Hgrn2>(),
+        entry::<DeltaProduct>(),
+        entry::<GatedDeltaProduct>(),
+        entry::<Comba>(),
+        entry::<Gdn2>(),
+        entry::<Dplr>(),
+        entry::<Iplr>(),
     ]
 }
