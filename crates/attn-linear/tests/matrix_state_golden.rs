@@ -124,3 +124,51 @@ fn other_delta_rules_equal_flash_linear_attention() {
     check("dplr", 3, &[], raw_keys);
     check("iplr", 3, &[], raw_keys);
 }
+
+#[test]
+fn gates_of_other_kinds_equal_their_packages() {
+    check("lightnet", 3, &[], plain);
+    check("gateloop", 2, &[], plain);
+    check("rodimus", 3, &[("gl", "gate_raw"), ("tl", "temperature_raw")], plain);
+}
+
+#[test]
+fn mlstm_equals_xlstm() {
+    let names = [("f", "forget_gate"), ("i", "input_gate")];
+    check("mlstm", 5, &names, |case| Options::new().with("eps", &case.options["eps"]));
+}
+
+#[test]
+fn slot_memories_equal_flash_linear_attention() {
+    check("gsa", 5, &[("s", "slots")], plain);
+    check("abc", 2, &[("s", "slots")], plain);
+}
+
+#[test]
+fn preconditioned_delta_rules_equal_flash_linear_attention() {
+    let names = [("a0", "use0"), ("beta_atk", "beta_use"), ("g_atk", "log_decay_use")];
+    for (variant, count) in [("precond-gdn", 3), ("precond-kda", 3)] {
+        for case in cases(variant, count) {
+            let tensors =
+                renamed(&case, &[&names[..], &[("s0", "initial_state"), ("g", "log_decay")]].concat());
+            let options = Options::new()
+                .with("scale", &case.options["scale"])
+                .with("qk_norm", &case.options["qk_l2norm_inside"]);
+            let mut got = find(&registry(), variant).unwrap().run(&options, &tensors).unwrap();
+            let used = got.0.remove("useT").unwrap();
+            got.0.insert("aT".into(), used);
+            case.assert_outputs(&got);
+        }
+    }
+}
+
+#[test]
+fn fast_weights_equal_flash_linear_attention() {
+    check("fwp-dpfp", 3, &[], |case| Options::new().with("nu", &case.options["nu"]));
+}
+
+#[test]
+fn mamba3_equals_its_recurrence() {
+    let names = [("A", "a"), ("D", "d"), ("kprev", "k_before"), ("vprev", "v_before")];
+    check("mamba3", 3, &names, plain);
+}
