@@ -69,5 +69,10 @@ pub(super) fn attention(options: &Options) -> Result<Flash> {
             return Err(AttnError::unsupported("flash", format!("`{name}` but in calls on named tensors")));
         }
     }
+    // Without their tensors or options these shape nothing; what is no value of theirs is still an error.
+    options.get::<usize>("max_distance")?;
+    options.get::<bool>("bidirectional")?;
+    options.get::<u64>("seed")?;
+    options.get::<f32>("qk_norm_eps")?;
     flash(options)
 }
