@@ -6,9 +6,9 @@ use attn_core::dropout::Dropout;
 use attn_core::exact::Exact;
 use attn_core::mask::{Pair, Predicate};
 use attn_core::qk_norm::{NormKind, QkNorm};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, find};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, find, run_qkv};
 use attn_core::score::{ScoreFnWithDerivative, T5Buckets};
-use attn_core::{DType, Result};
+use attn_core::{AttnError, DType, Result};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::inputs;
 
@@ -157,6 +157,76 @@ fn everything_at_once_is_the_definition() {
 }
 
 #[test]
+fn gradients_of_everything_are_the_oracles() {
+    let (cap, shape) = (4.0, SHAPE);
+    let tensors = with(
+        qkv(shape, 5),
+        [
+            ("mask", booleans(&[7, 11], 6)),
+            ("alibi_slopes", floats(&[4], 2)),
+            ("key_bias", floats(&[11], 5)),
+            ("sinks", floats(&[4], 6)),
+            ("keep", booleans(&[2, 1, 7, 11], 4)),
+            ("q_weight", floats(&[8], 7)),
+            ("k_weight", floats(&[8], 8)),
+            ("grad_o", floats(&shape.out(), 9)),
+        ],
+    );
+    let options = [
+        "causal=true",
+        "softcap=4",
+        "score_mod=s * (1 + 0.1 h) - 0.1 |i - j|",
+        "dropout_p=0.3",
+        "qk_norm=l2",
+    ];
+    let given = run(&options, &tensors).unwrap();
+
+    let f32s = |name: &str| tensors.f32(name).unwrap().unwrap().1;
+    let bytes = |name: &str| f64s(&tensors, name).into_iter().map(|x| x != 0.0).collect::<Vec<_>>();
+    let (seen, keep, slopes) = (bytes("mask"), bytes("keep"), f32s("alibi_slopes"));
+    let sees = Predicate(|p: Pair| p.j <= p.i + 4 && seen[p.i * 11 + p.j]);
+    let scores = ScoreFnWithDerivative(
+        |s: f32, p: Pair| {
+            let capped =
+                cap * (s / cap).tanh() * (1.0 + 0.1 * p.head as f32) - 0.1 * p.i.abs_diff(p.j) as f32;
+            capped - slopes[p.head] * (p.i + 4).abs_diff(p.j) as f32
+        },
+        |s: f32, p: Pair| (1.0 - (s / cap).tanh().powi(2)) * (1.0 + 0.1 * p.head as f32),
+    );
+    let sinks = f64s(&tensors, "sinks");
+    let exact = Exact {
+        softmax_scale: None,
+        mask: &sees,
+        score_mod: &scores,
+        key_bias: Some(f32s("key_bias")),
+        sinks: Some(&sinks),
+        dropout: Some(Dropout::keep_mask(0.3, &keep, &[2, 1, 7, 11], &shape).unwrap()),
+        qk_norm: Some(QkNorm {
+            kind: NormKind::L2 { eps: 1e-12 },
+            gamma_q: Some(f32s("q_weight")),
+            gamma_k: Some(f32s("k_weight")),
+        }),
+    };
+    let mut key_bias = vec![0.0; 11];
+    let x = tensors.qkv().unwrap();
+    let want = exact.backward(&x, &f64s(&tensors, "grad_o"), None, |p, ds| key_bias[p.j] += ds).unwrap();
+    for (name, want) in [
+        ("grad.q", want.q),
+        ("grad.k", want.k),
+        ("grad.v", want.v),
+        ("grad.sinks", want.sinks.unwrap()),
+        ("grad.q_weight", want.gamma_q.unwrap()),
+        ("grad.k_weight", want.gamma_k.unwrap()),
+        ("grad.key_bias", key_bias),
+    ] {
+        assert_close(name, &f64s(&given, name), &want, Tol::ScaledMax(3e-6));
+        let input = tensors.require(name.strip_prefix("grad.").unwrap()).unwrap();
+        assert_eq!(given.require(name).unwrap().shape, input.shape, "{name}");
+    }
+    assert!(given.get("grad.alibi_slopes").is_none() && given.get("grad.mask").is_none(), "constants");
+}
+
+#[test]
 fn packed_sequences_are_those_of_each_alone() {
     const HEADS: (usize, usize, usize) = (4, 2, 6);
     let (cu_q, cu_kv) = ([0, 3, 3, 10], [0, 8, 10, 16]);
@@ -302,6 +372,8 @@ fn what_does_not_fit_is_refused_by_name() {
         ("a tensor `mask`", &[], with(with(named(rank_three()), packed), [("mask", booleans(&[7, 7], 2))])),
         ("block_table's shape", &[], pages(integers(&[3], &[0, 1, 2]))),
         ("block_table, row 0", &[], pages(integers(&[1, 3], &[0, 1, 7]))),
+        ("grad_out: length is 6", &[], with(qkv(SHAPE, 0), [("grad_o", floats(&[2, 4, 6, 6], 0))])),
+        ("in pages", &[], with(pages(integers(&[1, 3], &[0, 1, 2])), [("grad_o", floats(&[1, 4, 2, 8], 0))])),
         ("a tensor `k`", &[], with(pages(integers(&[1, 3], &[0, 1, 2])), [("k", floats(&[1], 0))])),
     ] {
         let error = run(options, &tensors).expect_err(said).to_string();
@@ -316,4 +388,16 @@ fn options_of_calls_make_no_attention_of_q_k_and_v() {
         let error = flash().build(&options).err().expect(option).to_string();
         assert!(error.contains("named tensors"), "{error}");
     }
+}
+
+#[test]
+fn gradients_of_q_k_and_v_come_for_every_differentiable_variant() {
+    let tensors = with(qkv(SHAPE, 4), [("grad_o", floats(&SHAPE.out(), 9))]);
+    let options = Options::parse(["causal=true"]).unwrap();
+    let plain = run_qkv(&flash(), &options, &tensors).unwrap();
+    assert_eq!(plain, flash().run(&options, &tensors).unwrap());
+    assert_eq!(plain.require("grad.v").unwrap().shape, SHAPE.v());
+    let naive = *find(&attn_flash::registry(), "naive").unwrap();
+    let error = naive.run(&options, &tensors).unwrap_err();
+    assert!(matches!(error, AttnError::Unsupported { .. }) && error.to_string().contains("naive"), "{error}");
 }
