@@ -140,14 +140,15 @@ impl<'a> Inputs<'a> {
     }
 
     /// From tensors called `q`, `k`, `v` and those of `extras`. An extra input is `(batch, heads, rows, width)`; a number a
-    /// row may leave out the last axis, a row a head has the shape `(heads)` or `(heads, width)`.
+    /// row may leave out the last axis, the same row for all tokens of a head is `(heads)` or `(heads, width)`.
     ///
     /// # Errors
     /// [`AttnError`] naming the tensor that is missing, of another dtype or rank.
     pub fn of(tensors: &'a NamedTensors, extras: &[Extra]) -> Result<Self> {
         let [q, k, v] = ["q", "k", "v"].map(|name| view(name, tensors.require(name)?));
         let mut inputs = Self::new(q?, k?, v?);
-        let (batch, rows) = (inputs.q.shape()[0], inputs.q.shape()[2]);
+        let (batch, tokens, keys) = (inputs.q.shape()[0], inputs.q.shape()[2], inputs.k.shape()[2]);
+        let rows = |extra: &Extra| if extra.per == Per::Key { keys } else { tokens };
         for extra in extras {
             let Some((shape, data)) = tensors.f32(extra.name)? else { continue };
             let (shape, strides) = match (shape, extra.per) {
@@ -156,8 +157,8 @@ impl<'a> Inputs<'a> {
                     (shape, contiguous_strides(shape))
                 }
                 (&[b, h, n], Per::Token | Per::Key) => ([b, h, n, 1], [h * n, n, 1, 1]),
-                (&[h], Per::Head) => ([batch, h, rows, 1], [0, 1, 0, 1]),
-                (&[h, w], Per::Head) => ([batch, h, rows, w], [0, w, 0, 1]),
+                (&[h], _) => ([batch, h, rows(extra), 1], [0, 1, 0, 1]),
+                (&[h, w], _) => ([batch, h, rows(extra), w], [0, w, 0, 1]),
                 _ => {
                     let expected = match extra.per {
                         Per::Head => "(heads) or (heads, width)",

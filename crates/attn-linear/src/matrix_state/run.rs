@@ -185,12 +185,12 @@ impl<E: Element> Head<'_, E> {
             };
             let mut matrices = &mut *matrices;
             for (stage, options) in plan.stages.iter().enumerate() {
-                let chunk = &mut w.chunks[stage];
+                let (before, these) = w.chunks.split_at_mut(stage);
+                let chunk = &mut these[0];
                 chunk.resize(options, tokens.len());
-                if stage == 0 {
-                    variant.fill(&x, carry, chunk);
-                } else {
-                    variant.refill(&x, &w.reads, chunk);
+                match before.last() {
+                    None => variant.fill(&x, carry, chunk),
+                    Some(first) => variant.refill(&x, first, &w.reads, chunk),
                 }
                 let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
                 let reads = w.engines[stage].run(isa, chunk, matrix);
@@ -275,11 +275,11 @@ pub(super) fn definition<V: StateVariant>(
         let (mut matrices, carry) = memory.split_at_mut(plan.matrices_len());
         let (mut reads, mut chunk) = (Vec::new(), Chunk::default());
         for (stage, options) in plan.stages.iter().enumerate() {
-            chunk = Chunk::new(options, sizes.tokens);
+            let first = std::mem::replace(&mut chunk, Chunk::new(options, sizes.tokens));
             if stage == 0 {
                 variant.fill(&tokens, carry, &mut chunk);
             } else {
-                variant.refill(&tokens, &reads, &mut chunk);
+                variant.refill(&tokens, &first, &reads, &mut chunk);
             }
             let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
             let initial: Vec<f64> = matrix.iter().map(|s| f64::from(*s)).collect();

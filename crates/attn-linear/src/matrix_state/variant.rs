@@ -127,9 +127,9 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
     /// The front end: fills `chunk` from the tokens; `carry` is the head's memory behind the matrices.
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk);
 
-    /// What the second stage is given once the first has read `reads [len, value_dim]`, scaled.
-    fn refill(&self, x: &Tokens<'_>, reads: &[f32], chunk: &mut Chunk) {
-        let _ = (x, reads, chunk);
+    /// What the second stage is given once the first has read `reads [len, value_dim]`, scaled, of the chunk `first`.
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
+        let _ = (x, first, reads, chunk);
     }
 
     /// The back end: what becomes of the last stage's reads `[len, value_dim]`, scaled; `out [len, head_dim_v]`.

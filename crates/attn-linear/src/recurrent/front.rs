@@ -2,6 +2,7 @@
 
 use crate::matrix_state::{Chunk, Tokens, copy, copy_or};
 use attn_core::registry::{OptionSpec, Options};
+use attn_core::view::Rows;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
 
 /// Chunks of variants whose decays differ by channel or whose erase is a triangular solve.
@@ -100,11 +101,27 @@ fn lanes_sum(row: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
+/// q as it is.
+pub(crate) fn copy_q(x: &Tokens<'_>, chunk: &mut Chunk) {
+    copy(x.q, &mut chunk.q);
+}
+
 /// q, k and v as they are.
 pub(crate) fn copy_qkv(x: &Tokens<'_>, chunk: &mut Chunk) {
     copy(x.q, &mut chunk.q);
     copy(x.k, &mut chunk.k);
     copy(x.v, &mut chunk.v);
+}
+
+/// Multiplies `out` by the numbers of `rows`, or by a constant where there are none.
+pub(crate) fn multiply_by(rows: Option<Rows<'_, f32>>, default: f32, out: &mut [f32]) {
+    match rows {
+        Some(rows) => {
+            let pairs = rows.iter().zip(out.chunks_exact_mut(rows.width()));
+            pairs.for_each(|(row, out)| out.iter_mut().zip(row).for_each(|(out, x)| *out *= x));
+        }
+        None => out.iter_mut().for_each(|out| *out *= default),
+    }
 }
 
 /// The decays as given, or the constant.
