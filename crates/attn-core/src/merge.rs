@@ -60,6 +60,83 @@ pub fn merge_into(out: &mut [f32], lse: &mut [f32], part_out: &[f32], part_lse: 
     Ok(())
 }
 
+/// Sums parts with given weights, `out_i = sum_p gate_p,i part_p,i`, without a normaliser: gated branches (Native Sparse
+/// Attention), or a plain average with equal weights. Each part is `[rows, width]` with its gates `[rows]`.
+///
+/// A gate of 0 contributes nothing, whatever its part holds.
+///
+/// # Errors
+/// [`AttnError::Shape`] if a part or its gates do not fit `out` and `rows`; nothing has then been written.
+pub fn gated_sum(out: &mut [f32], rows: usize, parts: &[(&[f32], &[f32])]) -> Result<()> {
+    for (part, gates) in parts {
+        if part.len() != out.len() {
+            return Err(AttnError::shape("part", "elements", part.len(), out.len()));
+        }
+        if gates.len() != rows {
+            return Err(AttnError::shape("gates", "rows", gates.len(), rows));
+        }
+    }
+    if !out.len().is_multiple_of(rows.max(1)) {
+        return Err(AttnError::shape("out", "elements", out.len(), format!("a multiple of {rows} rows")));
+    }
+    let width = out.len() / rows.max(1);
+    for (row, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+        out.fill(0.0);
+        for (part, gates) in parts.iter().filter(|(_, gates)| gates[row] != 0.0) {
+            out.iter_mut().zip(&part[row * width..]).for_each(|(o, p)| *o += gates[row] * p);
+        }
+    }
+    Ok(())
+}
+
+/// Gradients of [`gated_sum`] for one part: `grad_part_i = gate_i grad_out_i`, `grad_gate_i = grad_out_i . part_i`.
+///
+/// # Errors
+/// [`AttnError::Shape`] if the buffers disagree; nothing has then been written.
+pub fn gated_sum_backward(
+    grad_out: &[f32],
+    part: &[f32],
+    gates: &[f32],
+    grad_part: &mut [f32],
+    grad_gates: &mut [f32],
+) -> Result<()> {
+    for (name, len) in [("part", part.len()), ("grad_part", grad_part.len())] {
+        if len != grad_out.len() {
+            return Err(AttnError::shape(name, "elements", len, grad_out.len()));
+        }
+    }
+    if grad_gates.len() != gates.len() {
+        return Err(AttnError::shape("grad_gates", "rows", grad_gates.len(), gates.len()));
+    }
+    if gates.is_empty() {
+        return Ok(());
+    }
+    if !grad_out.len().is_multiple_of(gates.len()) {
+        let expected = format!("a multiple of {} rows", gates.len());
+        return Err(AttnError::shape("grad_out", "elements", grad_out.len(), expected));
+    }
+    let width = grad_out.len() / gates.len();
+    for (row, (gate, grad_gate)) in gates.iter().zip(grad_gates).enumerate() {
+        let of = row * width..(row + 1) * width;
+        *grad_gate = grad_out[of.clone()].iter().zip(&part[of.clone()]).map(|(g, p)| g * p).sum();
+        grad_part[of.clone()].iter_mut().zip(&grad_out[of]).for_each(|(to, g)| *to = gate * g);
+    }
+    Ok(())
+}
+
+/// A sink logit enters the normaliser of finished rows and has no value: `lse' = ln(e^lse + e^sink)`,
+/// `out' = e^(lse - lse') out`. Apply it once, after all merges. `out [rows, width]`, `lse [rows]`, one logit a row.
+///
+/// # Errors
+/// [`AttnError::Shape`] if the buffers disagree; nothing has then been written.
+pub fn apply_sinks(out: &mut [f32], lse: &mut [f32], sinks: &[f32]) -> Result<()> {
+    if sinks.len() != lse.len() {
+        return Err(AttnError::shape("sinks", "rows", sinks.len(), lse.len()));
+    }
+    let nothing = vec![0.0; out.len()];
+    merge_into(out, lse, &nothing, sinks)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,5 +180,26 @@ mod tests {
         assert!(merge_into(&mut out, &mut lse, &[0.0; 4], &[0.0; 3]).is_err());
         assert!(merge_into(&mut out, &mut lse, &[0.0; 3], &[0.0; 2]).is_err());
         assert!(merge_into(&mut out[..3], &mut lse, &[0.0; 3], &[0.0; 2]).is_err());
+    }
+
+    #[test]
+    fn gates_weigh_and_pass_gradients_on() {
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0], [f32::NAN, f32::NAN, 10.0, 20.0]);
+        let mut out = [9.0; 4];
+        gated_sum(&mut out, 2, &[(&a, &[0.5, 1.0]), (&b, &[0.0, 2.0])]).unwrap();
+        assert_eq!(out, [0.5, 1.0, 23.0, 44.0]);
+        let (mut grad_part, mut grad_gates) = ([0.0; 4], [0.0; 2]);
+        gated_sum_backward(&[1.0, 1.0, 1.0, -1.0], &a, &[0.5, 2.0], &mut grad_part, &mut grad_gates).unwrap();
+        assert_eq!((grad_part, grad_gates), ([0.5, 0.5, 2.0, -2.0], [3.0, -1.0]));
+        assert!(gated_sum(&mut out, 2, &[(&a, &[0.5])]).unwrap_err().to_string().contains("gates"));
+        assert!(gated_sum(&mut out, 3, &[]).is_err());
+    }
+
+    #[test]
+    fn a_sink_takes_weight_and_gives_nothing() {
+        let (mut out, mut lse) = ([2.0, 3.0], [2f32.ln(), f32::NEG_INFINITY]);
+        apply_sinks(&mut out, &mut lse, &[2f32.ln(), 1.0]).unwrap();
+        assert!((out[0] - 1.0).abs() < 1e-6 && (lse[0] - 4f32.ln()).abs() < 1e-6, "{out:?} {lse:?}");
+        assert_eq!((out[1], lse[1]), (0.0, 1.0));
     }
 }

@@ -1,7 +1,7 @@
 //! One call of exact attention with everything it may take besides q, k and v.
 
 use crate::Flash;
-use crate::engine::{Problem, Spec, attend};
+use crate::engine::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend, attend_backward};
 use attn_core::dropout::Dropout;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{And, BandPerBatch, Mask, Pair, Predicate, SeeAll};
@@ -121,6 +121,23 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
     ) -> Result<()> {
         let problem = problem.into();
         self.with_spec(&problem, |spec| attend(problem, out, lse, spec))
+    }
+
+    /// Writes the gradients of a loss, given those with respect to the output and the log-sum-exps that
+    /// [`FlashCall::forward`] gave for the same problem; see [`attend_backward`].
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError`] naming the argument that does not fit, or what has no gradient; nothing has then been
+    /// written.
+    pub fn backward<'p>(
+        &self,
+        problem: impl Into<Problem<'p>>,
+        forward: ForwardResult<'_>,
+        grad: OutputGrad<'_>,
+        grads: Grads<'_>,
+    ) -> Result<()> {
+        let problem = problem.into();
+        self.with_spec(&problem, |spec| attend_backward(problem, forward, grad, grads, spec))
     }
 
     /// Hands the kernel's specification of this call on `problem` to `run`.

@@ -1,13 +1,15 @@
 //! Exact attention for everyday use: full, causal and sliding-window masks, soft cap, grouped heads.
 
+use crate::engine::{ForwardResult, Grads, OutputGrad};
 use crate::stream::{CachedStream, Kept};
 use crate::tiles::TileSizes;
 use attn_core::exact::Reference;
 use attn_core::mask::{Align, Band};
 use attn_core::score::SoftCap;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
-    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, band_pairs, softmax_flops,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
+    Qkv, QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
+    band_pairs, softmax_flops,
 };
 
 /// Exact softmax attention, `softmax(softmax_scale * q k^T) v`, in one pass over the keys with O(1) memory a row.
@@ -118,11 +120,37 @@ impl Attention for Flash {
     fn as_streaming(&self) -> Option<&dyn Streaming> {
         (self.causal && self.align == Align::BottomRight).then_some(self)
     }
+
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        Some(self)
+    }
 }
 
 impl SoftmaxAttention for Flash {
     fn forward_with_lse(&self, x: Qkv<'_>, out: OutMut<'_>, lse: &mut [f32]) -> Result<()> {
         self.call().forward(x, out, Some(lse))
+    }
+}
+
+impl Differentiable for Flash {
+    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
+        let mut lse = vec![0.0; x.shape().rows()];
+        self.forward_with_lse(x, out, &mut lse)?;
+        Ok(Saved::new(lse))
+    }
+
+    fn backward(
+        &self,
+        x: Qkv<'_>,
+        out: TensorView<'_>,
+        saved: &Saved,
+        grad_out: TensorView<'_>,
+        grads: QkvGrads<'_>,
+    ) -> Result<()> {
+        grads.check(&x)?;
+        let forward = ForwardResult { out, lse: saved.get::<Vec<f32>>()? };
+        let grad = OutputGrad { out: grad_out, lse: None };
+        self.call().backward(x, forward, grad, Grads::new(grads.q, grads.k, grads.v))
     }
 }
 

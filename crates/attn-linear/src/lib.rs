@@ -4,23 +4,34 @@
 //! - [`RetNet`]: a state that fades at a constant rate a head.
 //! - [`Variant`], [`LinearAttention`]: what a variant decides, and what it becomes with that.
 //! - [`engine`]: the matrix-state recurrence they are options of: chunked, recurrent, and by definition.
+//! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
+//!   AFT-simple.
 //! - [`feature_map`]: what queries and keys become first.
 //!
 //! Time is linear in the length; what is remembered of the past has a fixed size.
 
+pub mod elementwise;
 pub mod engine;
 pub mod feature_map;
 mod kernelised;
 mod linear;
 mod linear_elu;
+pub mod matrix_state;
+pub mod recurrent;
+mod named;
 mod registry;
 mod retnet;
+pub mod scan;
 mod variant;
 
+pub use elementwise::{
+    aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru, rwkv4::Rwkv4,
+};
 pub use linear::Linear;
 pub use linear_elu::LinearElu;
 pub use registry::registry;
 pub use retnet::{Gammas, RetNet};
+pub use scan::ScanAttention;
 pub use variant::{LinearAttention, Variant};
 
 /// Tokens the chunked form handles at once, unless told otherwise.

@@ -157,8 +157,11 @@ impl Strip {
             // SAFETY: the caller's promise, passed on.
             i = unsafe { self.tiles::<S, V, 8, VECTORS>(simd, &at, i) };
         } else if V::LEN == 8 && S::f32s::LEN == 8 {
-            // SAFETY: as above.
-            i = unsafe { self.tiles::<S, V, 6, VECTORS>(simd, &at, i) };
+            // Rows that would leave two over are done as four and four: two rows run at half the speed.
+            let rest = if self.m % 6 == 2 { self.m.min(8) } else { self.m % 6 };
+            let sixes = Self { m: self.m - rest, ..*self };
+            // SAFETY: as above, with no more rows.
+            i = unsafe { sixes.tiles::<S, V, 6, VECTORS>(simd, &at, i) };
         }
         // SAFETY: as above.
         i = unsafe { self.tiles::<S, V, 4, VECTORS>(simd, &at, i) };

@@ -9,6 +9,7 @@
 //! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged.
 //! Results do not depend on the number of threads: a task's arithmetic is fixed by its position alone.
 
+mod backward;
 mod block;
 mod chunks;
 mod finish;
@@ -26,6 +27,9 @@ use attn_core::qk_norm::QkNorm;
 use attn_core::score::ScoreMod;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, check_lse};
+pub use backward::{
+    ForwardResult, Grads, OutputGrad, RowState, attend_backward, attend_backward_from_delta,
+};
 use block::{QueryBlock, Workspace};
 pub use problem::{KvView, PagedKv, Problem};
 

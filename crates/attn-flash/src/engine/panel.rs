@@ -10,7 +10,7 @@ use super::problem::Problem;
 use super::rows::HeadRows;
 use super::tasks::Task;
 use crate::tiles::PANEL;
-use attn_core::mask::{Cover, Head, Mask, Pair};
+use attn_core::mask::{Cover, Head, Mask};
 use attn_core::qk_norm::QkNorm;
 use attn_core::simd::Simd;
 use attn_core::tile::transpose;
@@ -31,11 +31,6 @@ impl Segment {
     #[inline(always)]
     pub(super) fn lanes(&self) -> impl Iterator<Item = (usize, usize)> {
         (self.lane..).zip(self.rows.clone())
-    }
-
-    #[inline(always)]
-    pub(super) fn pair(&self, i: usize, j: usize) -> Pair {
-        self.head.pair(i, j)
     }
 }
 

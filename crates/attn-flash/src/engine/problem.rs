@@ -47,7 +47,7 @@ impl<'a> KvView<'a> {
         }
     }
 
-    fn head(&self, batch: usize, head: usize) -> HeadRows<'a> {
+    pub(super) fn head(&self, batch: usize, head: usize) -> HeadRows<'a> {
         match self {
             Self::F32(view) => HeadRows::F32(view.head(batch, head)),
             Self::Bf16(view) => HeadRows::Bf16(view.head(batch, head)),
@@ -202,7 +202,7 @@ impl<'a> Problem<'a> {
                 return Err(AttnError::shape("v_cache", axis, v_shape[a], expected));
             }
         }
-        let columns = if batch == 0 { 0 } else { block_table.len() / batch };
+        let columns = block_table.len().checked_div(batch).unwrap_or(0);
         if columns * batch != block_table.len() {
             let expected = format!("a multiple of {batch} (one row a batch entry)");
             return Err(AttnError::shape("block_table", "entries", block_table.len(), expected));

@@ -1,0 +1,405 @@
+//! Mamba-1 (S6): a selective state space a channel.
+//!
+//! ```text
+//! s_t = softplus(dt_t + dt_bias)                                                    a channel
+//! h_t[n, c] = e^(A[n, c] s_t[c]) h_(t-1)[n, c] + B_t[n] s_t[c] u_t[c]
+//! o_t[c] = (sum_n C_t[n] h_t[n, c] + D[c] u_t[c]) silu(z_t[c])                      A < 0
+//! ```
+//!
+//! As attention `C = q`, `B = k`, `u = v`, no `z`, and the constants Mamba starts training with: `A[n, .] = -(n + 1)`, `D = 1`,
+//! `s` from 0.001 to 0.1 over the channels.
+//!
+//! Source: Gu and Dao 2023 (Mamba: Linear-Time Sequence Modeling with Selective State Spaces), algorithm 2; the convolution
+//! before it stays outside.
+
+use super::front::panels;
+use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
+use crate::scan::math::{exp, loss};
+use crate::scan::outer::{Outer, OuterGrads, OuterLoss};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use attn_core::simd::{Simd, SimdBase};
+use attn_core::tile::MAX_LANES;
+use attn_core::{AttnError, OutMut, Result, TensorView};
+
+/// Mamba-1, see the [module](self).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Mamba1;
+
+/// Token rows `(batch, heads, length, width)` and what belongs to channels. All channels are one head, or blocks of them are
+/// heads: then `b` and `c` have one head which all share.
+#[derive(Debug, Clone, Copy)]
+pub struct Mamba1Inputs<'a> {
+    /// What is written, `[.., width]`.
+    pub u: TensorView<'a>,
+    /// Step sizes before `dt_bias` and softplus, `[.., width]`.
+    pub dt: TensorView<'a>,
+    /// `[.., state]`.
+    pub b: TensorView<'a>,
+    /// `[.., state]`.
+    pub c: TensorView<'a>,
+    /// Pre-activations of the output gate, `[.., width]`.
+    pub z: Option<TensorView<'a>>,
+    /// `[heads, width, state]`, below 0.
+    pub a: &'a [f32],
+    /// `[heads, width]`.
+    pub d: Option<&'a [f32]>,
+    /// `[heads, width]`.
+    pub dt_bias: Option<&'a [f32]>,
+}
+
+/// Gradients by [`Mamba1Inputs`], of their shapes, and by the initial state `[batch, heads, state, width]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mamba1Grads {
+    /// By `u`.
+    pub u: Vec<f32>,
+    /// By `dt`.
+    pub dt: Vec<f32>,
+    /// By `b`.
+    pub b: Vec<f32>,
+    /// By `c`.
+    pub c: Vec<f32>,
+    /// By `z`; empty without.
+    pub z: Vec<f32>,
+    /// By `a`.
+    pub a: Vec<f32>,
+    /// By `d`.
+    pub d: Vec<f32>,
+    /// By `dt_bias`.
+    pub dt_bias: Vec<f32>,
+    /// By the initial state.
+    pub state: Vec<f32>,
+}
+
+impl<'a> Mamba1Inputs<'a> {
+    fn cell(&self) -> Result<Mamba1Cell> {
+        let [_, heads, _, width] = self.u.shape();
+        let rows = self.b.shape()[3];
+        if self.a.len() != heads * width * rows {
+            return Err(AttnError::shape("a", "elements", self.a.len(), heads * width * rows));
+        }
+        for (name, data) in [("d", self.d), ("dt_bias", self.dt_bias)] {
+            if let Some(data) = data
+                && data.len() != heads * width
+            {
+                return Err(AttnError::shape(name, "elements", data.len(), heads * width));
+            }
+        }
+        let at = |h: usize, c: usize| h * width + c;
+        let mut cell = Mamba1Cell::new([heads, rows, width], |h, n, c| self.a[at(h, c) * rows + n]);
+        cell.set_channels(2, |h, c| self.d.map_or(0.0, |d| d[at(h, c)]));
+        cell.set_channels(3, |h, c| self.dt_bias.map_or(0.0, |bias| bias[at(h, c)]));
+        Ok(Mamba1Cell { steps: Steps::Given, gated: self.z.is_some(), ..cell })
+    }
+
+    fn tokens(&self, cell: &Mamba1Cell) -> Result<Tokens<'a>> {
+        let mut all = vec![("c", self.c), ("b", self.b), ("u", self.u), ("dt", self.dt)];
+        all.extend(self.z.map(|z| ("z", z)));
+        Tokens::new(cell, &all)
+    }
+}
+
+impl Mamba1 {
+    /// The state before the first token: part 0 is `h [batch, heads, state, width]`.
+    ///
+    /// # Errors
+    /// [`AttnError::Shape`] for channel parameters of another length.
+    pub fn state(inputs: &Mamba1Inputs<'_>) -> Result<ScanState> {
+        let [batch, heads, ..] = inputs.u.shape();
+        Ok(ScanState::new(&inputs.cell()?, batch, heads))
+    }
+
+    /// Writes `out (batch, heads, length, width)`; `state` moves to the end.
+    ///
+    /// # Errors
+    /// [`AttnError`] naming the argument that does not fit; nothing has then been written.
+    pub fn forward(inputs: &Mamba1Inputs<'_>, out: OutMut<'_>, state: Option<&mut ScanState>) -> Result<()> {
+        let cell = inputs.cell()?;
+        forward(&cell, &inputs.tokens(&cell)?, out, state)
+    }
+
+    /// Gradients, given those by the output; `state` is the one before the first token.
+    ///
+    /// # Errors
+    /// As [`Mamba1::forward`].
+    pub fn backward(
+        inputs: &Mamba1Inputs<'_>,
+        state: Option<&ScanState>,
+        grad_out: &TensorView<'_>,
+    ) -> Result<Mamba1Grads> {
+        let cell = inputs.cell()?;
+        let all = backward(&cell, &inputs.tokens(&cell)?, state, grad_out, None)?;
+        let [_, heads, _, width] = inputs.u.shape();
+        let (rows, stride) = (cell.rows, cell.stride());
+        let mut a = vec![0.0; heads * width * rows];
+        let (mut d, mut dt_bias) = (vec![0.0; heads * width], vec![0.0; heads * width]);
+        for (memory, params) in all.params.iter().enumerate() {
+            for c in 0..width {
+                let at = memory % heads * width + c;
+                (0..rows).for_each(|n| a[at * rows + n] += params[n * stride + c]);
+                d[at] += params[rows * stride + c];
+                dt_bias[at] += params[(rows + 1) * stride + c];
+            }
+        }
+        let mut by = all.inputs.into_iter();
+        let mut next = || by.next().unwrap_or_default();
+        let (c, b, u, dt, z) = (next(), next(), next(), next(), next());
+        Ok(Mamba1Grads { u, dt, b, c, z, a, d, dt_bias, state: all.state.part(0) })
+    }
+
+    /// The definition of one token of one channel in f64: moves `h [state]` and gives the read, before `D u` and the gate.
+    pub fn naive_step(step: f64, u: f64, a: &[f64], b: &[f64], c: &[f64], h: &mut [f64]) -> f64 {
+        for (n, h) in h.iter_mut().enumerate() {
+            *h = (a[n] * step).exp() * *h + b[n] * step * u;
+        }
+        h.iter().zip(c).map(|(h, c)| h * c).sum()
+    }
+
+    /// Step size of channel `c` of `width` in the form on q, k and v.
+    fn constant_step(c: usize, width: usize) -> f32 {
+        0.001 * 100f32.powf(c as f32 / (width.max(2) - 1) as f32)
+    }
+}
+
+/// Where step sizes come from.
+#[derive(Debug, Clone)]
+enum Steps {
+    /// Softplus of an input.
+    Given,
+    /// One for each channel.
+    Constant(Vec<f32>),
+}
+
+/// Reads `C, B, u`, then `dt` unless steps are constant, then `z` if gated.
+#[derive(Debug, Clone)]
+pub struct Mamba1Cell {
+    rows: usize,
+    width: usize,
+    gated: bool,
+    steps: Steps,
+    /// `[heads, rows + 2, channels padded to vectors]`: A, then D, then dt_bias.
+    params: Vec<f32>,
+}
+
+/// `l = 1 - e^(A s)`.
+#[derive(Clone, Copy)]
+struct Discretised;
+
+impl OuterLoss for Discretised {
+    #[inline(always)]
+    fn loss<S: Simd>(self, simd: S, _: f32, s: S::f32s, a: S::f32s) -> S::f32s {
+        loss(simd, a * s)
+    }
+
+    #[inline(always)]
+    fn back<S: Simd>(self, simd: S, _: f32, s: S::f32s, a: S::f32s, by: S::f32s) -> [S::f32s; 3] {
+        let kept = -(by * exp(simd, a * s));
+        [S::f32s::splat(simd, 0.0), kept * a, kept * s]
+    }
+}
+
+impl Mamba1Cell {
+    fn new([heads, rows, width]: [usize; 3], a: impl Fn(usize, usize, usize) -> f32) -> Self {
+        let stride = width.next_multiple_of(MAX_LANES);
+        let mut params = vec![0.0; heads * (rows + 2) * stride];
+        for (at, row) in params.chunks_exact_mut(stride).enumerate() {
+            let (head, n) = (at / (rows + 2), at % (rows + 2));
+            if n < rows {
+                row[..width].iter_mut().enumerate().for_each(|(c, x)| *x = a(head, n, c));
+            }
+        }
+        Self { rows, width, gated: false, steps: Steps::Given, params }
+    }
+
+    /// Row `rows + from_end - 2` of the parameters: 2 is D, 3 is dt_bias.
+    fn set_channels(&mut self, row: usize, of: impl Fn(usize, usize) -> f32) {
+        let (rows, stride) = (self.rows, self.stride());
+        for (head, params) in self.params.chunks_exact_mut((rows + 2) * stride).enumerate() {
+            let to = &mut params[(rows + row - 2) * stride..][..self.width];
+            to.iter_mut().enumerate().for_each(|(c, x)| *x = of(head, c));
+        }
+    }
+
+    fn stride(&self) -> usize {
+        self.width.next_multiple_of(MAX_LANES)
+    }
+
+    /// A, D and dt_bias of a head.
+    fn params_of(&self, head: usize) -> (&[f32], &[f32], &[f32]) {
+        let all = &self.params[head * (self.rows + 2) * self.stride()..][..(self.rows + 2) * self.stride()];
+        let (a, rest) = all.split_at(self.rows * self.stride());
+        let (d, bias) = rest.split_at(self.stride());
+        (a, d, bias)
+    }
+
+    /// Steps and what is written.
+    #[inline(always)]
+    fn front(&self, piece: Piece<'_>, s: &mut PanelMut<'_>, x: &mut PanelMut<'_>) {
+        let (_, _, bias) = self.params_of(piece.head);
+        for t in 0..piece.len {
+            let (s, x) = (s.row(t), x.row(t));
+            match &self.steps {
+                Steps::Constant(steps) => s.copy_from_slice(steps),
+                Steps::Given => {
+                    let dt = piece.inputs[3].row(t).iter().zip(bias);
+                    s.iter_mut().zip(dt).for_each(|(s, (dt, bias))| {
+                        let dt = dt + bias;
+                        *s = dt.max(0.0) + (-dt.abs()).exp().ln_1p();
+                    });
+                }
+            }
+            let u = piece.inputs[2].row(t).iter().zip(&*s);
+            x.iter_mut().zip(u).for_each(|(x, (u, s))| *x = u * s);
+        }
+    }
+
+    fn outer<'a>(&'a self, piece: Piece<'a>, s: Panel<'a>, x: Panel<'a>) -> Outer<'a> {
+        let (a, ..) = self.params_of(piece.head);
+        Outer { len: piece.len, rows: self.rows, read: piece.inputs[0], write: piece.inputs[1], s, x, a }
+    }
+
+    fn z<'a>(&self, piece: Piece<'a>) -> Option<Panel<'a>> {
+        if self.gated { piece.inputs.last().copied() } else { None }
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+impl Cell for Mamba1Cell {
+    fn inputs(&self) -> Vec<usize> {
+        let mut widths = vec![self.rows, self.rows, self.width];
+        widths.extend(matches!(self.steps, Steps::Given).then_some(self.width));
+        widths.extend(self.gated.then_some(self.width));
+        widths
+    }
+
+    fn out_width(&self) -> usize {
+        self.width
+    }
+
+    fn state(&self) -> Vec<[usize; 2]> {
+        vec![[self.rows, self.width]]
+    }
+
+    /// By A, then by D, then by dt_bias.
+    fn params(&self) -> usize {
+        (self.rows + 2) * self.stride()
+    }
+
+    fn piece_len(&self) -> usize {
+        32
+    }
+
+    fn scratch(&self, len: usize) -> usize {
+        6 * len * self.stride() + Outer::scratch(len, self.rows)
+    }
+
+    #[inline(always)]
+    fn forward<S: Simd>(
+        &self,
+        simd: S,
+        piece: Piece<'_>,
+        state: &mut [&mut [f32]],
+        mut out: PanelMut<'_>,
+        scratch: &mut [f32],
+    ) {
+        let (scratch, rest) = scratch.split_at_mut(6 * piece.len * self.stride());
+        let [mut s, mut x] = panels(scratch, piece.len, self.stride());
+        self.front(piece, &mut s, &mut x);
+        let outer = self.outer(piece, s.as_panel(), x.as_panel());
+        outer.forward(simd, Discretised, state[0], out.data, rest);
+        let (_, d, _) = self.params_of(piece.head);
+        for t in 0..piece.len {
+            let skip = d.iter().zip(piece.inputs[2].row(t));
+            out.row(t).iter_mut().zip(skip).for_each(|(o, (d, u))| *o += d * u);
+            if let Some(z) = self.z(piece) {
+                out.row(t).iter_mut().zip(z.row(t)).for_each(|(o, z)| *o *= z * sigmoid(*z));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn backward<S: Simd>(
+        &self,
+        simd: S,
+        piece: Piece<'_>,
+        state: &[&[f32]],
+        grads: PieceGrads<'_, '_>,
+        scratch: &mut [f32],
+    ) {
+        let (len, stride) = (piece.len, self.stride());
+        let (scratch, rest) = scratch.split_at_mut(6 * len * stride);
+        let [mut s, mut x, mut ds, mut dx, mut y, mut dy] = panels(scratch, len, stride);
+        self.front(piece, &mut s, &mut x);
+        let outer = self.outer(piece, s.as_panel(), x.as_panel());
+        let PieceGrads { out, state: grad_state, inputs, params } = grads;
+        let (da, rest_params) = params.split_at_mut(self.rows * stride);
+        let (dd, dbias) = rest_params.split_at_mut(stride);
+        let (_, d, bias) = self.params_of(piece.head);
+        let u = piece.inputs[2];
+        let [dc, db, du, others @ ..] = inputs else { return };
+
+        // The gate: its gradient needs what it gates.
+        dy.data[..len * stride].copy_from_slice(&out.data[..len * stride]);
+        if let (Some(z), Some(dz)) = (self.z(piece), others.last_mut()) {
+            let mut now = state[0].to_vec();
+            outer.forward(simd, Discretised, &mut now, y.data, rest);
+            for t in 0..len {
+                let (z, u, y, dy, dz) = (z.row(t), u.row(t), y.row(t), dy.row(t), dz.row(t));
+                for c in 0..stride {
+                    let g = sigmoid(z[c]);
+                    dz[c] = dy[c] * (y[c] + d[c] * u[c]) * g * (1.0 + z[c] * (1.0 - g));
+                    dy[c] *= z[c] * g;
+                }
+            }
+        }
+        let by = OuterGrads { read: dc.data, write: db.data, s: ds.data, x: dx.data, a: da };
+        outer.backward(simd, Discretised, (state[0], dy.as_panel(), grad_state[0]), by, rest);
+        for t in 0..len {
+            let (s, dy, ds, dx, u) = (s.row(t), dy.row(t), ds.row(t), dx.row(t), u.row(t));
+            for (c, du) in du.row(t).iter_mut().enumerate() {
+                *du = dx[c] * s[c] + dy[c] * d[c];
+                dd[c] += dy[c] * u[c];
+            }
+            if let (Steps::Given, Some(ddt)) = (&self.steps, others.first_mut()) {
+                for (c, ddt) in ddt.row(t).iter_mut().enumerate() {
+                    *ddt = (ds[c] + dx[c] * u[c]) * sigmoid(piece.inputs[3].row(t)[c] + bias[c]);
+                    dbias[c] += *ddt;
+                }
+            }
+        }
+    }
+}
+
+impl ScanVariant for Mamba1 {
+    const NAME: &'static str = "mamba1";
+    type Cell = Mamba1Cell;
+
+    fn cell(&self, n_heads_q: usize, head_dim: usize, head_dim_v: usize) -> Result<Mamba1Cell> {
+        let mut cell = Mamba1Cell::new([n_heads_q, head_dim, head_dim_v], |_, n, _| -((n + 1) as f32));
+        cell.set_channels(2, |_, _| 1.0);
+        let mut steps = vec![0.0; cell.stride()];
+        steps[..head_dim_v].iter_mut().enumerate().for_each(|(c, s)| *s = Self::constant_step(c, head_dim_v));
+        Ok(Mamba1Cell { steps: Steps::Constant(steps), ..cell })
+    }
+
+    fn define(&self, head: HeadInputs<'_>) -> Vec<f64> {
+        let (keys, width) = (head.head_dim, head.head_dim_v);
+        let a: Vec<f64> = (0..keys).map(|n| -((n + 1) as f64)).collect();
+        let mut h = vec![vec![0.0; keys]; width];
+        let mut out = Vec::with_capacity(head.v.len());
+        let rows = head.q.chunks_exact(keys).zip(head.k.chunks_exact(keys)).zip(head.v.chunks_exact(width));
+        for ((q, k), v) in rows {
+            for (c, h) in h.iter_mut().enumerate() {
+                let step = f64::from(Self::constant_step(c, width));
+                out.push(Self::naive_step(step, v[c], &a, k, q, h) + v[c]);
+            }
+        }
+        out
+    }
+
+    fn flops(&self, head_dim: usize, head_dim_v: usize) -> usize {
+        20 * head_dim * head_dim_v
+    }
+}

@@ -1,0 +1,190 @@
+//! A variant of the engine as an [`Attention`], and on typed inputs.
+
+use super::inputs::{Inputs, Sizes};
+use super::memory::Memory;
+use super::run::{Workspace, definition, forward, prepare};
+use super::variant::StateVariant;
+use attn_core::exact::Reference;
+use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
+use attn_core::{
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Element, Family, Growth, OutMut, Profile, Qkv,
+    Result, StreamShape, StreamState, Streaming, Target,
+};
+
+/// A [`StateVariant`], ready to call.
+///
+/// Its [`Attention::forward`] takes q, k and v alone, and the constants of its configuration for all that is not given;
+/// [`StateAttention::forward_inputs`] takes everything. Causal only, as many keys as queries; f32, bf16 or f16 storage,
+/// f32 memory; time linear in the length, memory beyond inputs and output constant.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StateAttention<V> {
+    /// What is computed.
+    pub variant: V,
+}
+
+impl<V: StateVariant> StateAttention<V> {
+    /// The variant, ready to call.
+    pub fn new(variant: V) -> Self {
+        Self { variant }
+    }
+
+    /// Computes `out [batch, heads, tokens, head_dim_v]`. With a `memory`, it is that before the first token, and
+    /// afterwards that after the last.
+    ///
+    /// # Errors
+    /// [`AttnError`] naming the input that does not fit; nothing has then been written.
+    pub fn forward_inputs(&self, x: &Inputs<'_>, out: OutMut<'_>, memory: Option<&mut Memory>) -> Result<()> {
+        forward(&self.variant, x, out, memory)
+    }
+
+    /// The definition on typed inputs: the recurrence in f64.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_inputs`].
+    pub fn definition_inputs(&self, x: &Inputs<'_>, memory: Option<&Memory>) -> Result<Reference> {
+        definition(&self.variant, x, memory)
+    }
+
+    /// A memory of nothing for a call with `x`.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_inputs`].
+    pub fn memory(&self, x: &Inputs<'_>) -> Result<Memory> {
+        let (sizes, plan) = prepare(&self.variant, x)?;
+        Ok(Memory::new(&plan, &sizes))
+    }
+
+    /// Runs on named tensors: q, k, v, the variant's extra inputs and the parts of its memory. Gives `o` and the memory
+    /// after the last token.
+    ///
+    /// # Errors
+    /// [`AttnError`] naming the tensor that is missing, not read, or does not fit.
+    pub fn run(&self, tensors: &NamedTensors) -> Result<NamedTensors> {
+        let x = Inputs::of(tensors, V::EXTRAS)?;
+        let (sizes, plan) = prepare(&self.variant, &x)?;
+        let extras = V::EXTRAS.iter().map(|extra| extra.name);
+        let parts = plan.parts.iter().map(|part| part.initial).filter(|name| !name.is_empty());
+        let known: Vec<&str> = ["q", "k", "v"].into_iter().chain(extras).chain(parts).collect();
+        tensors.only(V::NAME, &known)?;
+        let mut memory = Memory::of(&plan, &sizes, tensors)?;
+        let mut out = output(&sizes, x.q.dtype());
+        forward(&self.variant, &x, out.as_out()?, Some(&mut memory))?;
+        let mut all = memory.tensors(&sizes)?;
+        all.0.insert("o".into(), out);
+        Ok(all)
+    }
+}
+
+/// An output filled with NaN, so that a row nobody wrote is seen.
+fn output(sizes: &Sizes, dtype: DType) -> NamedTensor {
+    let shape = vec![sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
+    let len = shape.iter().product();
+    fn filled<E: Element>(len: usize) -> Vec<E> {
+        vec![E::store(f32::NAN); len]
+    }
+    let data = match dtype {
+        DType::F32 => TensorData::F32(filled(len)),
+        DType::Bf16 => TensorData::Bf16(filled(len)),
+        DType::F16 => TensorData::F16(filled(len)),
+    };
+    NamedTensor { shape, data }
+}
+
+/// The sizes of a plain call.
+fn plain(shape: &AttnShape) -> Sizes {
+    Sizes::new(shape.batch, shape.n_heads_q, shape.n_q, shape.head_dim, shape.head_dim_v)
+}
+
+/// q, k and v of a plain call: as many keys as queries.
+fn inputs(x: Qkv<'_>) -> Result<Inputs<'_>> {
+    let s = x.shape();
+    if s.n_q != s.n_kv {
+        return Err(AttnError::shape("k", "n_kv", s.n_kv, format!("{} (as in q)", s.n_q)));
+    }
+    Ok(x.into())
+}
+
+impl<V: StateVariant> Attention for StateAttention<V> {
+    fn name(&self) -> &'static str {
+        V::NAME
+    }
+
+    fn profile(&self) -> Profile {
+        Profile {
+            family: Family::Linear,
+            target: Target::Own,
+            causality: Causality::Strict,
+            convex: self.variant.is_convex(),
+            key_order_free: false,
+            cross_lengths: false,
+            grouped_heads: true,
+            dtypes: &DType::ALL,
+            max_error: self.variant.max_error(),
+            time: Growth::Linear,
+            memory: Growth::Constant,
+        }
+    }
+
+    fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {
+        let sizes = plain(shape);
+        let Ok(plan) = self.variant.plan(&sizes) else { return Cost::default() };
+        let heads = (shape.batch * shape.n_heads_q) as u64;
+        let flops: u64 = plan.stages.iter().map(|o| o.flops(shape.n_q)).sum();
+        let threads = heads.min(rayon::current_num_threads() as u64);
+        let allocated =
+            threads * Workspace::bytes(&plan, &sizes, dtype) + 4 * heads * plan.memory_len() as u64;
+        Cost::of(shape, dtype, heads * flops, allocated)
+    }
+
+    fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
+        forward(&self.variant, &inputs(x)?, out, None)
+    }
+
+    fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
+        definition(&self.variant, &inputs(*x)?, None)
+    }
+
+    fn as_streaming(&self) -> Option<&dyn Streaming> {
+        Some(self)
+    }
+}
+
+impl<V: StateVariant> Streaming for StateAttention<V> {
+    fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
+        let divides = shape.n_heads_kv > 0 && shape.n_heads_q.is_multiple_of(shape.n_heads_kv);
+        if !divides {
+            let expected = format!("a multiple of {} key/value heads", shape.n_heads_kv);
+            return Err(AttnError::shape("q", "n_heads_q", shape.n_heads_q, expected));
+        }
+        let sizes = Sizes::new(shape.batch, shape.n_heads_q, 1, shape.head_dim, shape.head_dim_v);
+        let plan = self.variant.plan(&sizes)?;
+        plan.stages.iter().try_for_each(super::Options::check)?;
+        let memory = Memory::new(&plan, &sizes);
+        Ok(Box::new(Stream { variant: self.variant.clone(), shape, memory, len: 0 }))
+    }
+}
+
+/// A sequence fed piece by piece: the memory is all there is to remember.
+struct Stream<V> {
+    variant: V,
+    shape: StreamShape,
+    memory: Memory,
+    len: usize,
+}
+
+impl<V: StateVariant> StreamState for Stream<V> {
+    fn append(&mut self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
+        self.shape.check(&x)?;
+        forward(&self.variant, &inputs(x)?, out, Some(&mut self.memory))?;
+        self.len += x.shape().n_q;
+        Ok(())
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+}

@@ -1,0 +1,150 @@
+//! What a variant of the matrix-state engine decides: its options, its front end and its back end.
+
+use super::inputs::{Extra, Sizes};
+use super::memory::Part;
+use super::{Chunk, Options};
+use attn_core::Result;
+use attn_core::registry::OptionSpec;
+use attn_core::view::Rows;
+
+/// What a problem of certain sizes becomes.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The engine's options; two of them run one after the other over the same tokens, the second on what the first
+    /// one read.
+    pub stages: Vec<Options>,
+    /// Keys a query brings along.
+    pub keys_per_token: usize,
+    /// A head's memory: the stages' matrices first, then what the front end carries from chunk to chunk.
+    pub parts: Vec<Part>,
+}
+
+impl Plan {
+    /// One stage whose memory is its matrix, called `initial_state` before and `sT` after.
+    pub fn new(options: Options) -> Self {
+        let state = Part::matrix("initial_state", "sT", 0, options.key_dim, options.value_dim);
+        Self { stages: vec![options], keys_per_token: 1, parts: vec![state] }
+    }
+
+    /// With `len` more numbers of a head's memory, `start` at first.
+    #[must_use]
+    pub fn carrying(mut self, initial: &'static str, after: &'static str, len: usize, start: f32) -> Self {
+        let offset = self.memory_len();
+        self.parts.push(Part::row(initial, after, offset, len).starting_at(start));
+        self
+    }
+
+    /// Numbers of a head's memory.
+    pub fn memory_len(&self) -> usize {
+        self.parts.iter().map(Part::end).max().unwrap_or(0).max(self.matrices_len())
+    }
+
+    /// Numbers of the stages' matrices, which come first.
+    pub(super) fn matrices_len(&self) -> usize {
+        self.stages.iter().map(Options::state_len).sum()
+    }
+}
+
+/// Some tokens of one head as they are given, widened to f32.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokens<'a> {
+    /// `[len, head_dim]`.
+    pub q: Rows<'a, f32>,
+    /// `[keys, head_dim]`.
+    pub k: Rows<'a, f32>,
+    /// `[keys, head_dim_v]`.
+    pub v: Rows<'a, f32>,
+    /// Which head of the output.
+    pub head: usize,
+    /// Heads of the output.
+    pub heads: usize,
+    pub(super) extras: &'a [(&'static str, Rows<'a, f32>)],
+}
+
+impl<'a> Tokens<'a> {
+    /// Tokens.
+    pub fn len(&self) -> usize {
+        self.q.len()
+    }
+
+    /// True without tokens.
+    pub fn is_empty(&self) -> bool {
+        self.q.is_empty()
+    }
+
+    /// The rows of the extra input `name`, if it is given.
+    pub fn extra(&self, name: &str) -> Option<Rows<'a, f32>> {
+        self.extras.iter().find(|(known, _)| *known == name).map(|(_, rows)| *rows)
+    }
+
+    /// The number of row `i` of the extra input `name`, or `default` if it is not given.
+    pub fn number(&self, name: &str, i: usize, default: f32) -> f32 {
+        self.extra(name).map_or(default, |rows| rows.row(i)[0])
+    }
+}
+
+/// Copies rows into `out`.
+pub(crate) fn copy(rows: Rows<'_, f32>, out: &mut [f32]) {
+    let width = rows.width();
+    if rows.stride() == width && !rows.is_empty() {
+        out[..rows.len() * width].copy_from_slice(&rows.data()[..rows.len() * width]);
+    } else {
+        rows.iter().zip(out.chunks_exact_mut(width)).for_each(|(row, out)| out.copy_from_slice(row));
+    }
+}
+
+/// Copies rows into `out`, or fills it where there are none.
+pub(crate) fn copy_or(rows: Option<Rows<'_, f32>>, default: f32, out: &mut [f32]) {
+    match rows {
+        Some(rows) => copy(rows, out),
+        None => out.fill(default),
+    }
+}
+
+/// A variant: a row of the engine's table with the front end and the back end around it.
+pub trait StateVariant: Clone + Send + Sync + 'static {
+    /// Stable kebab-case name.
+    const NAME: &'static str;
+    /// The inputs it reads beside q, k and v. Those that are not given are constants of the configuration.
+    const EXTRAS: &'static [Extra];
+    /// One line: what it does, and from which paper.
+    const SUMMARY: &'static str;
+    /// The options of its configuration.
+    const OPTIONS: &'static [OptionSpec];
+
+    /// The configuration of `key=value` options.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError::Value`] naming an option that cannot be read or makes no sense.
+    fn from_options(options: &attn_core::registry::Options) -> Result<Self>;
+
+    /// The engine's options and the memory for such a problem.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError`] for an option that makes no sense or inputs that do not go together.
+    fn plan(&self, sizes: &Sizes) -> Result<Plan>;
+
+    /// The front end: fills `chunk` from the tokens; `carry` is the head's memory behind the matrices.
+    fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk);
+
+    /// What the second stage is given once the first has read `reads [len, value_dim]`, scaled, of the chunk `first`.
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
+        let _ = (x, first, reads, chunk);
+    }
+
+    /// The back end: what becomes of the last stage's reads `[len, value_dim]`, scaled; `out [len, head_dim_v]`.
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
+        let _ = (x, chunk);
+        out.copy_from_slice(reads);
+    }
+
+    /// Whether outputs are averages of values.
+    fn is_convex(&self) -> bool {
+        false
+    }
+
+    /// Largest error of f32 outputs against the definition, as a share of the largest.
+    fn max_error(&self) -> f64 {
+        4e-6
+    }
+}

@@ -1,0 +1,163 @@
+//! Comba and GDN-2: gated delta rules whose erase reads along another direction than the write key's, or with gates of
+//! its own.
+
+use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE};
+use crate::matrix_state::{Chunk, Decay, Erase, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use attn_core::registry::OptionSpec;
+use attn_core::{Result, softmax_scale_or_default};
+
+/// With a prediction key `p`:
+///
+/// ```text
+/// S~ = e^g_t S          S <- S~ + beta k (v - S~^T p)^T          o = scale (q - d p)^T S
+/// ```
+///
+/// Extra inputs: `p [batch, heads, tokens, head_dim]`, `beta`, `log_decay [batch, heads, tokens]`, `d [heads]` (0 where it is
+/// not given). Without `p`, it is the key times `p_scale`.
+///
+/// Source: Hu et al. 2025 (Comba: Improving Bilinear RNNs with Closed-loop Control).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Comba {
+    /// Multiplies the output; `None` is `1/sqrt(head_dim)`.
+    pub scale: Option<f32>,
+    /// Divides queries and keys by their length.
+    pub qk_norm: bool,
+    /// The write strength where none is given.
+    pub beta: f32,
+    /// The decay where none is given.
+    pub log_decay: f32,
+    /// The prediction key in terms of the key, where none is given.
+    pub p_scale: f32,
+    /// Tokens the chunked form handles at once.
+    pub chunk_len: usize,
+}
+
+impl StateVariant for Comba {
+    const NAME: &'static str = "comba";
+    const EXTRAS: &'static [Extra] = &[
+        Extra::rows("p", Width::Key),
+        Extra::scalar("beta"),
+        Extra::scalar("log_decay"),
+        Extra::head("d", Width::One),
+    ];
+    const SUMMARY: &'static str =
+        "Comba: a gated delta rule that predicts along a key of its own (Hu et al. 2025)";
+    const OPTIONS: &'static [OptionSpec] = &[
+        CAUSAL,
+        SCALE,
+        QK_NORM,
+        BETA,
+        LOG_DECAY,
+        OptionSpec {
+            name: "p_scale",
+            default: "0.9",
+            help: "prediction key by key, where no tensor gives it",
+        },
+        FINE_CHUNK,
+    ];
+
+    fn from_options(options: &attn_core::registry::Options) -> Result<Self> {
+        front::causal_only(Self::NAME, options)?;
+        Ok(Self {
+            scale: front::scale(options)?,
+            qk_norm: options.get_or("qk_norm", true)?,
+            beta: front::finite(options, "beta", 0.5)?,
+            log_decay: front::log_decay(options, -0.05)?,
+            p_scale: front::finite(options, "p_scale", 0.9)?,
+            chunk_len: front::chunk_len(options, front::FINE_CHUNK_LEN)?,
+        })
+    }
+
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        let o = Options::new(Self::NAME, sizes.head_dim, sizes.head_dim_v);
+        let scale = softmax_scale_or_default(self.scale, sizes.head_dim)?;
+        let (decay, erase, chunk_len) = (Decay::Scalar, Erase::Tied, self.chunk_len);
+        Ok(Plan::new(Options { decay, erase, scale, chunk_len, ..o }))
+    }
+
+    fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
+        let (key_dim, value_dim) = (x.k.width(), x.v.width());
+        front::copy_qkv(x, chunk);
+        if self.qk_norm {
+            front::normalise(&mut chunk.q, key_dim, 1e-6);
+            front::normalise(&mut chunk.k, key_dim, 1e-6);
+        }
+        front::copy_decays(x, self.log_decay, chunk);
+        let p = x.extra("p");
+        for i in 0..x.len() {
+            let (beta, d) = (x.number("beta", i, self.beta), x.number("d", i, 0.0));
+            let own = i * key_dim..(i + 1) * key_dim;
+            let (q, k) = (&mut chunk.q[own.clone()], &chunk.k[own.clone()]);
+            for (c, (a, q)) in chunk.a[own].iter_mut().zip(q).enumerate() {
+                let p = p.map_or(self.p_scale * k[c], |p| p.row(i)[c]);
+                *q -= d * p;
+                *a = -beta * p;
+            }
+            chunk.v[i * value_dim..][..value_dim].iter_mut().for_each(|v| *v *= beta);
+        }
+    }
+}
+
+/// The gated delta rule with an erase gate a key channel and a write gate a value channel:
+///
+/// ```text
+/// S~ = diag(e^g_t) S          S <- S~ + k (w o v - S~^T (b o k))^T          o = scale q^T S
+/// ```
+///
+/// Extra inputs: `log_decay`, `erase_gate [batch, heads, tokens, head_dim]`, `write_gate [.., head_dim_v]`.
+///
+/// Source: the operator of this name in flash-linear-attention 0.6.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gdn2 {
+    /// Multiplies the output; `None` is `1/sqrt(head_dim)`.
+    pub scale: Option<f32>,
+    /// Divides queries and keys by their length.
+    pub qk_norm: bool,
+    /// Both gates where none are given.
+    pub beta: f32,
+    /// The decay where none is given.
+    pub log_decay: f32,
+    /// Tokens the chunked form handles at once.
+    pub chunk_len: usize,
+}
+
+impl StateVariant for Gdn2 {
+    const NAME: &'static str = "gdn2";
+    const EXTRAS: &'static [Extra] = &[
+        Extra::rows("log_decay", Width::Key),
+        Extra::rows("erase_gate", Width::Key),
+        Extra::rows("write_gate", Width::Value),
+    ];
+    const SUMMARY: &'static str = "GDN-2: a delta rule with erase, write and decay gates of every channel";
+    const OPTIONS: &'static [OptionSpec] = &[CAUSAL, SCALE, QK_NORM, BETA, LOG_DECAY, FINE_CHUNK];
+
+    fn from_options(options: &attn_core::registry::Options) -> Result<Self> {
+        front::causal_only(Self::NAME, options)?;
+        Ok(Self {
+            scale: front::scale(options)?,
+            qk_norm: options.get_or("qk_norm", true)?,
+            beta: front::finite(options, "beta", 0.5)?,
+            log_decay: front::log_decay(options, -0.05)?,
+            chunk_len: front::chunk_len(options, front::FINE_CHUNK_LEN)?,
+        })
+    }
+
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        let o = Options::new(Self::NAME, sizes.head_dim, sizes.head_dim_v);
+        let scale = softmax_scale_or_default(self.scale, sizes.head_dim)?;
+        let (decay, erase, chunk_len) = (Decay::Key, Erase::Tied, self.chunk_len);
+        Ok(Plan::new(Options { decay, erase, scale, chunk_len, ..o }))
+    }
+
+    fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
+        front::copy_qkv(x, chunk);
+        if self.qk_norm {
+            front::normalise(&mut chunk.q, x.k.width(), 1e-6);
+            front::normalise(&mut chunk.k, x.k.width(), 1e-6);
+        }
+        front::copy_decays(x, self.log_decay, chunk);
+        front::multiply_by(x.extra("write_gate"), self.beta, &mut chunk.v);
+        chunk.a.iter_mut().zip(&chunk.k).for_each(|(a, k)| *a = -k);
+        front::multiply_by(x.extra("erase_gate"), self.beta, &mut chunk.a);
+    }
+}

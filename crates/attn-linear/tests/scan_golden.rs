@@ -1,0 +1,50 @@
+//! The variants of the scan engine against vectors computed by other people's packages.
+
+mod support;
+
+use attn_core::registry::Options;
+use support::{cases, check};
+
+#[test]
+fn hgrn_equals_flash_linear_attention() {
+    let cases = cases("hgrn", "");
+    assert_eq!(cases.len(), 3);
+    cases.iter().for_each(|case| check(case, "hgrn", &Options::new()));
+}
+
+#[test]
+fn mamba1_equals_transformers() {
+    let cases = cases("mamba1", "");
+    assert_eq!(cases.len(), 3);
+    cases.iter().for_each(|case| check(case, "mamba1", &Options::new()));
+}
+
+#[test]
+fn longhorn_equals_its_recurrence() {
+    let cases = cases("longhorn", "");
+    assert_eq!(cases.len(), 2);
+    cases.iter().for_each(|case| check(case, "longhorn", &Options::new()));
+}
+
+#[test]
+fn rwkv4_equals_transformers() {
+    let cases = cases("rwkv4", "");
+    assert_eq!(cases.len(), 3);
+    cases.iter().for_each(|case| check(case, "rwkv4", &Options::new()));
+}
+
+#[test]
+fn aft_simple_equals_aft_pytorch() {
+    let cases = cases("aft", "simple");
+    assert_eq!(cases.len(), 6);
+    for case in cases {
+        check(&case, "aft-simple", &Options::new().with("causal", &case.options["causal"]));
+    }
+}
+
+#[test]
+fn rglru_equals_transformers() {
+    let cases = cases("rglru", "");
+    assert_eq!(cases.len(), 2);
+    cases.iter().for_each(|case| check(case, "rglru", &Options::new()));
+}
