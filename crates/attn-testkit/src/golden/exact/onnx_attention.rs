@@ -6,12 +6,15 @@
 //! - `attn_mask` is a mask if it was bool, else it is added to the scores behind the soft cap; a last axis shorter than
 //!   the keys hides the rest.
 //! - `nonpad_kv_seqlen` says how many keys of each batch entry are real; the queries stand at their end.
+//! - `present_key` and `present_value` are the joined keys and values. `qk_matmul_output` is by its mode: 0 the scaled
+//!   scores, 1 the capped ones, 2 those with bias and -inf where hidden, 3 the weights. Flash forms none of them; the
+//!   weights are its output for values that are unit vectors, and a score is `ln p + lse`.
 
-use super::layout::{concat_lengths, convert_qkv, split_heads};
-use super::mapping::{Form, Plan};
-use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData};
-use attn_core::{AttnError, DType};
-use attn_testkit::golden::GoldenCase;
+use super::super::forms::MOST_KEYS;
+use super::super::layout::{concat_lengths, split_heads};
+use super::super::{Form, GoldenCase, Onnx, Plan, Weights};
+use attn_core::AttnError;
+use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
 use serde_json::Value;
 
 pub(super) fn plan(case: &GoldenCase) -> Result<Plan, String> {
@@ -19,44 +22,60 @@ pub(super) fn plan(case: &GoldenCase) -> Result<Plan, String> {
     if let Some(other) = case.inputs.0.keys().find(|name| !known.contains(&name.as_str())) {
         return Err(format!("no tensor of ours is like `{other}`"));
     }
+    let mut plan = Plan::new("flash");
     let folded = case.options.get("rank").and_then(Value::as_u64) == Some(3);
-    let mut inputs = qkv(case, folded)?;
-    let past = join_past(case, &mut inputs)?;
-    let mut options = Options::new().with("align", past);
-    let mut dtype = DType::F32;
+    plan.inputs = qkv(case, folded)?;
+    let past = join_past(case, &mut plan.inputs)?;
+    plan.set("align", past);
+    let present = [("present_key", "k"), ("present_value", "v")]
+        .map(|(theirs, ours)| plan.inputs.get(ours).map(|joined| (theirs.to_string(), joined.clone())));
+    let present = NamedTensors(present.into_iter().flatten().collect());
     for (key, value) in &case.options {
-        options = match (key.as_str(), value) {
-            ("rank" | "op" | "opset" | "attn_mask_dtype" | "q_num_heads" | "kv_num_heads", _) => options,
-            // What they ask for beside the output is not compared; our softmax is f32 in any case.
-            ("qk_matmul_output_mode" | "softmax_precision", _) => options,
-            ("dtype", Value::String(name)) => {
-                dtype = match name.as_str() {
-                    "float32" => DType::F32,
-                    "float16" => DType::F16,
-                    "bfloat16" => DType::Bf16,
-                    other => return Err(format!("flash has no storage type {other}")),
-                };
-                options
-            }
-            ("is_causal", value) => options.with("causal", value.as_u64() == Some(1)),
-            ("softcap" | "scale", value) => options.with(key, value),
-            ("left_window_size", value) => options.with("window_left", value),
-            ("right_window_size", value) => options.with("window_right", value),
+        match (key.as_str(), value) {
+            ("rank" | "op" | "opset" | "attn_mask_dtype" | "q_num_heads" | "kv_num_heads", _) => {}
+            // Our softmax is f32 in any case.
+            ("qk_matmul_output_mode" | "softmax_precision", _) => {}
+            ("dtype" | "scale" | "softcap", value) => super::option(&mut plan, key, value)?,
+            ("is_causal", value) => plan.set("causal", value.as_u64() == Some(1)),
+            ("left_window_size", value) => super::option(&mut plan, "window_left", value)?,
+            ("right_window_size", value) => super::option(&mut plan, "window_right", value)?,
             (other, _) => return Err(format!("flash has nothing like the option `{other}`")),
-        };
+        }
     }
     if let Some(real) = case.inputs.get("nonpad_kv_seqlen") {
-        return Err(format!("flash has no lengths by batch entry (`nonpad_kv_seqlen` {:?})", real.data));
+        plan.inputs.0.insert("kv_lens".into(), real.clone());
+        plan.set("align", "bottom-right");
     }
     if let Some(mask) = case.inputs.get("attn_mask") {
         let bool_mask = case.options.get("attn_mask_dtype").and_then(Value::as_str) == Some("bool");
-        let n_kv = inputs.get("k").and_then(|k| k.shape.get(2).copied()).unwrap_or(0);
+        let n_kv = plan.inputs.get("k").and_then(|k| k.shape.get(2).copied()).unwrap_or(0);
         let (name, tensor) = widen(mask, bool_mask, n_kv)?;
-        inputs.0.insert(name.into(), tensor);
+        plan.inputs.0.insert(name.into(), tensor);
     }
-    convert_qkv(&mut inputs, dtype);
-    let form = if folded { Form::FoldedHeads } else { Form::Call };
-    Ok(Plan { ours: "flash", options, inputs, outputs: &[], form })
+    let weights = weights(case, &plan)?;
+    plan.form = Form::Onnx(Onnx { folded, present, weights });
+    Ok(plan)
+}
+
+/// The call behind `qk_matmul_output`, if the file holds it.
+fn weights(case: &GoldenCase, plan: &Plan) -> Result<Option<Weights>, String> {
+    let n_kv = plan.inputs.get("k").and_then(|k| k.shape.get(2).copied()).unwrap_or(0);
+    if case.outputs.get("qk_matmul_output").is_none() || n_kv > MOST_KEYS {
+        return Ok(None);
+    }
+    let mode = case.options.get("qk_matmul_output_mode").map_or(Some(0), Value::as_u64);
+    let (mut options, mut inputs) = (plan.options.clone(), plan.inputs.clone());
+    inputs.0.remove("v");
+    match mode {
+        Some(0 | 1) => {
+            let kept = if mode == Some(0) { &["scale"][..] } else { &["scale", "softcap"] };
+            options.0.retain(|name, _| kept.contains(&name.as_str()));
+            inputs.0.retain(|name, _| ["q", "k"].contains(&name.as_str()));
+        }
+        Some(2 | 3) => {}
+        _ => return Err(format!("`qk_matmul_output_mode` is {mode:?}, expected 0 to 3")),
+    }
+    Ok(Some(Weights { options, inputs, scores: mode != Some(3) }))
 }
 
 fn qkv(case: &GoldenCase, folded: bool) -> Result<NamedTensors, String> {

@@ -1,33 +1,14 @@
-//! Running a case: one call, and where the file says so a stream or a merge of parts.
+//! What some cases need besides one call: a stream, a merge of parts, the conventions of ONNX.
 
-use super::mapping::{Form, Plan};
-use super::{Computed, layout};
+use super::GoldenCase;
+use super::layout;
+use super::plan::{Onnx, Plan, Weights};
 use attn_core::merge::merge_into;
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, TensorData, output_like};
 use attn_core::{AttnError, Qkv, Result, StreamShape};
-use attn_testkit::golden::GoldenCase;
-
-pub(super) fn run(entry: &Entry, plan: &Plan, case: &GoldenCase) -> Result<Vec<Computed>> {
-    let mut called = entry.run(&plan.options, &plan.inputs)?;
-    let mut all = Vec::new();
-    match &plan.form {
-        Form::Call => {}
-        Form::Stream(pieces) => {
-            all.push(Computed { label: "streamed", tensors: stream(entry, plan, pieces)? })
-        }
-        Form::Merge => all.push(Computed { label: "merged", tensors: merge(case)? }),
-        Form::FoldedHeads => {
-            if let Some(folded) = called.get("o").and_then(layout::fold_heads) {
-                called.0.insert("o".into(), folded);
-            }
-        }
-    }
-    all.insert(0, Computed { label: "", tensors: called });
-    Ok(all)
-}
 
 /// Appends the inputs piece by piece.
-fn stream(entry: &Entry, plan: &Plan, pieces: &[usize]) -> Result<NamedTensors> {
+pub(super) fn stream(entry: &Entry, plan: &Plan, pieces: &[usize]) -> Result<NamedTensors> {
     let attention = entry.build(&plan.options)?;
     let streaming =
         attention.as_streaming().ok_or_else(|| AttnError::unsupported(entry.name, "streaming"))?;
@@ -52,7 +33,7 @@ fn stream(entry: &Entry, plan: &Plan, pieces: &[usize]) -> Result<NamedTensors> 
 }
 
 /// Merges the file's partial results over disjoint keys, one after the other.
-fn merge(case: &GoldenCase) -> Result<NamedTensors> {
+pub(super) fn merge(case: &GoldenCase) -> Result<NamedTensors> {
     let (out_shape, part_out) = floats(&case.aux, "part_out")?;
     let (lse_shape, part_lse) = floats(&case.aux, "part_lse")?;
     let parts = lse_shape.first().copied().unwrap_or(0).max(1);
@@ -72,8 +53,42 @@ fn merge(case: &GoldenCase) -> Result<NamedTensors> {
 }
 
 fn floats<'a>(tensors: &'a NamedTensors, name: &str) -> Result<(&'a [usize], &'a [f32])> {
-    match tensors.require(name)? {
-        NamedTensor { shape, data: TensorData::F32(data) } => Ok((shape, data)),
-        _ => Err(AttnError::DType { tensor: name.into(), found: "another".into(), expected: "f32".into() }),
+    match tensors.f32(name)? {
+        Some(found) => Ok(found),
+        None => tensors.require(name).map(|tensor| (tensor.shape.as_slice(), &[][..])),
     }
+}
+
+/// Adds the operator's other outputs, in its layout.
+pub(super) fn finish_onnx(entry: &Entry, onnx: &Onnx, given: &mut NamedTensors) -> Result<()> {
+    if onnx.folded
+        && let Some(folded) = given.get("o").and_then(layout::fold_heads)
+    {
+        given.0.insert("o".into(), folded);
+    }
+    given.0.extend(onnx.present.0.clone());
+    if let Some(asked) = &onnx.weights {
+        given.0.insert("qk_matmul_output".into(), weights(entry, asked)?);
+    }
+    Ok(())
+}
+
+/// Most keys for which weights are computed: they take a matrix of unit vectors.
+pub(super) const MOST_KEYS: usize = 512;
+
+/// The weights of each key: outputs for values that are the unit vectors.
+pub(super) fn weights(entry: &Entry, asked: &Weights) -> Result<NamedTensor> {
+    let (q, k) = (asked.inputs.require("q")?.view("q")?, asked.inputs.require("k")?.view("k")?);
+    let ([batch, heads, n, _], dtype) = (k.shape(), q.dtype());
+    let unit = (0..batch * heads * n * n).map(|at| f32::from(u8::from(at / n % n == at % n))).collect();
+    let mut inputs = asked.inputs.clone();
+    inputs.0.insert("v".into(), NamedTensor::f32("v", &[batch, heads, n, n], unit)?.rounded(dtype));
+    let given = entry.run(&asked.options, &inputs)?;
+    let weights = given.require("o")?;
+    if !asked.scores {
+        return Ok(weights.clone());
+    }
+    let (p, lse) = (weights.data.to_f64(), given.require("lse")?.data.to_f64());
+    let scores = p.iter().enumerate().map(|(at, p)| (p.ln() + lse[at / n]) as f32).collect();
+    Ok(NamedTensor { shape: weights.shape.clone(), data: TensorData::F32(scores) })
 }
