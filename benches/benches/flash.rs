@@ -1,7 +1,10 @@
-//! Exact attention: share of the FMA peak, and the factor over candle's matmul, softmax, matmul in the same run.
+//! Exact attention: share of the FMA peak forward and backward, and the factor over what candle users have (matmul, softmax,
+//! matmul; candle-nn's CPU flash attention) in the same run.
 #![allow(missing_docs, clippy::print_stdout)]
 
-use attn_benches::{Problem, Setting, candle_attention, causal_mask, forward, measure};
+use attn_benches::{
+    Problem, Setting, backward, candle_attention, candle_nn_attention, causal_mask, forward, measure,
+};
 use attn_core::AttnShape;
 use attn_core::simd::Isa;
 use attn_flash::{Flash, Naive};
@@ -25,6 +28,37 @@ fn shares(c: &mut Criterion) {
     forward(c, "naive full", &Naive::default(), &problem, Setting::threads(1));
 }
 
+/// Many short sequences, and grouped heads.
+fn other_shapes(c: &mut Criterion) {
+    let short = AttnShape { batch: 32, ..AttnShape::square(64, 128, 64) };
+    let grouped = AttnShape { n_heads_q: 8, n_heads_kv: 2, ..AttnShape::square(1, 2048, 64) };
+    for (name, shape) in [("batch 32, 64 heads, n=128", short), ("8 heads on 2, n=2048", grouped)] {
+        let problem = Problem::new(shape);
+        for threads in [1, 2] {
+            forward(
+                c,
+                &format!("flash causal {name}"),
+                &Flash::causal(),
+                &problem,
+                Setting::threads(threads),
+            );
+        }
+    }
+}
+
+/// Counted as 2.5 times the forward pass: five products instead of two.
+fn gradients(c: &mut Criterion) {
+    for head_dim in [64, 128] {
+        let problem = Problem::new(AttnShape::square(1, 4096, head_dim));
+        for (name, flash) in [("full", Flash::full()), ("causal", Flash::causal())] {
+            for threads in [1, 2] {
+                let name = format!("flash backward {name} d={head_dim} n=4096");
+                backward(c, &name, &flash, &problem, Setting::threads(threads));
+            }
+        }
+    }
+}
+
 fn against_candle(c: &mut Criterion) {
     let problem = Problem::new(AttnShape::square(1, 4096, 64));
     let (q, k, v) = problem.tensors().expect("candle tensors");
@@ -35,14 +69,22 @@ fn against_candle(c: &mut Criterion) {
         let name = format!("candle tensors {name}");
         let mut once = || drop(pool.install(|| flash.forward_t(&q, &k, &v)).expect("ours"));
         let ours = measure(c, &name, "attn-flash", 0, &mut once);
-        let mut once = || drop(pool.install(|| candle_attention(&q, &k, &v, mask)).expect("candle's"));
-        let theirs = measure(c, &name, "matmul, softmax, matmul", 0, &mut once);
-        if let (Some(theirs), Some(ours)) = (theirs, ours) {
-            let factor = theirs / ours;
-            println!("{name}: candle {theirs:.4} s, ours {ours:.4} s: {factor:.1} times faster (1 thread)");
+        let mut softmax = || drop(pool.install(|| candle_attention(&q, &k, &v, mask)).expect("candle's"));
+        let mut nn =
+            || drop(pool.install(|| candle_nn_attention(&q, &k, &v, mask.is_some())).expect("candle's"));
+        let peers: [(&str, &mut dyn FnMut()); 2] =
+            [("matmul, softmax, matmul", &mut softmax), ("candle-nn cpu flash attention", &mut nn)];
+        for (peer, once) in peers {
+            let theirs = measure(c, &name, peer, 0, once);
+            if let (Some(theirs), Some(ours)) = (theirs, ours) {
+                let factor = theirs / ours;
+                println!(
+                    "{name}: {peer} {theirs:.4} s, ours {ours:.4} s: {factor:.1} times faster (1 thread)"
+                );
+            }
         }
     }
 }
 
-criterion_group!(benches, shares, against_candle);
+criterion_group!(benches, shares, other_shapes, gradients, against_candle);
 criterion_main!(benches);

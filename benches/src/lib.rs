@@ -4,8 +4,9 @@
 #![allow(clippy::print_stdout)] // what a bench is for
 
 use attn_core::simd::{Isa, with_isa};
-use attn_core::{Attention, AttnShape, DType, Qkv, View, ViewMut, limits};
+use attn_core::{Attention, AttnShape, DType, Qkv, QkvGrads, View, ViewMut, limits};
 use candle_core::{D, Device, Result, Tensor};
+use candle_nn::attention::{AttnMask, flash_attn};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,17 @@ pub fn candle_attention(q: &Tensor, k: &Tensor, v: &Tensor, causal_mask: Option<
     candle_nn::ops::softmax_last_dim(&scores)?.matmul(v)
 }
 
+/// candle-nn's CPU flash attention, on tensors `(batch, heads, length, width)`.
+///
+/// # Errors
+/// Those of candle.
+pub fn candle_nn_attention(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Tensor> {
+    let (scale, mask) = (1.0 / (q.dim(D::Minus1)? as f32).sqrt(), AttnMask::causal());
+    let mask = if causal { mask } else { AttnMask::None };
+    let rows = |t: &Tensor| t.transpose(1, 2)?.contiguous();
+    flash_attn::<f32>(&rows(q)?, &rows(k)?, &rows(v)?, scale, mask, None, None)
+}
+
 /// `(n, n)` with 0 on and below the diagonal and -inf above.
 ///
 /// # Errors
@@ -91,16 +103,51 @@ impl Setting {
 
 /// Measures one forward pass with criterion and prints its share of the FMA peak, measured before and after.
 pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem: &Problem, at: Setting) {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(at.threads).build().expect("a thread pool");
     let mut out = vec![0.0f32; problem.shape.out().iter().product()];
-    let mut once = || {
-        pool.install(|| {
-            let view = ViewMut::contiguous("out", &mut out, problem.shape.out())?;
-            with_isa(at.isa, || attention.forward(problem.qkv(), view.into()))?
-        })
-        .expect("the case is valid");
-    };
     let flops = attention.cost(&problem.shape, DType::F32).flops;
+    share_of_peak(c, name, problem, at, flops, &mut || {
+        attention.forward(problem.qkv(), contiguous("out", &mut out, problem.shape.out()).into())
+    });
+}
+
+/// As [`forward`], for the backward pass, counted as 2.5 times the forward pass.
+///
+/// # Panics
+/// If `attention` has no gradients.
+pub fn backward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem: &Problem, at: Setting) {
+    let attention = attention.as_differentiable().expect("a variant with gradients");
+    let (s, x) = (&problem.shape, problem.qkv());
+    let zeros = |axes: [usize; 4]| vec![0.0f32; axes.iter().product()];
+    let (mut out, grad_out) = (zeros(s.out()), vec![1.0f32; s.out().iter().product()]);
+    let saved =
+        attention.forward_saving(x, contiguous("out", &mut out, s.out()).into()).expect("a valid case");
+    let view = |data| View::contiguous("out", data, s.out()).expect("the buffer has this shape");
+    let (mut dq, mut dk, mut dv) = (zeros(s.q()), zeros(s.k()), zeros(s.v()));
+    let flops = attention.cost(s, DType::F32).flops * 5 / 2;
+    share_of_peak(c, name, problem, at, flops, &mut || {
+        let grads = QkvGrads {
+            q: contiguous("dq", &mut dq, s.q()).into(),
+            k: contiguous("dk", &mut dk, s.k()).into(),
+            v: contiguous("dv", &mut dv, s.v()).into(),
+        };
+        attention.backward(x, view(&out).into(), &saved, view(&grad_out).into(), grads)
+    });
+}
+
+fn contiguous<'a>(name: &str, data: &'a mut [f32], shape: [usize; 4]) -> ViewMut<'a, f32> {
+    ViewMut::contiguous(name, data, shape).expect("the buffer has this shape")
+}
+
+fn share_of_peak(
+    c: &mut Criterion,
+    name: &str,
+    problem: &Problem,
+    at: Setting,
+    flops: u64,
+    run: &mut (dyn FnMut() -> attn_core::Result<()> + Send),
+) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(at.threads).build().expect("a thread pool");
+    let mut once = || pool.install(|| with_isa(at.isa, &mut *run)?).expect("the case is valid");
     let peak = || limits::fma_peak_quick(at.isa, at.threads).expect("the machine's limit");
     let before = peak();
     let measured = measure(c, name, &format!("{}, {} threads", at.isa, at.threads), flops, &mut once);
