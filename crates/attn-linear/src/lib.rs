@@ -6,6 +6,7 @@
 //! - [`engine`]: the matrix-state recurrence they are options of: chunked, recurrent, and by definition.
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
 //!   AFT-simple.
+//! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
 //! - [`feature_map`]: what queries and keys become first.
 //!
 //! Time is linear in the length; what is remembered of the past has a fixed size.
@@ -13,12 +14,13 @@
 pub mod elementwise;
 pub mod engine;
 pub mod feature_map;
+pub mod features;
 mod kernelised;
 mod linear;
 mod linear_elu;
 pub mod matrix_state;
-pub mod recurrent;
 mod named;
+pub mod recurrent;
 mod registry;
 mod retnet;
 pub mod scan;
@@ -27,6 +29,7 @@ mod variant;
 pub use elementwise::{
     aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru, rwkv4::Rwkv4,
 };
+pub use features::FeatureAttention;
 pub use linear::Linear;
 pub use linear_elu::LinearElu;
 pub use registry::registry;

@@ -15,10 +15,18 @@
 //! an f32 implementation.
 
 mod error;
+pub mod exact;
+mod forms;
+mod layout;
 mod outputs;
+mod plan;
+mod resolution;
 mod tensors;
+mod verdict;
 
 pub use error::GoldenError;
+pub use plan::{Computed, Form, Onnx, Outcome, Plan, Weights};
+pub use verdict::{Failure, Unchecked, Verdict, judge};
 
 use crate::compare::Tol;
 use attn_core::Family;

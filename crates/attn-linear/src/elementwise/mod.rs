@@ -13,4 +13,5 @@ pub mod rg_lru;
 mod runners;
 pub mod rwkv4;
 
+pub(crate) use front::panels as front_panels;
 pub(crate) use registry::entries;

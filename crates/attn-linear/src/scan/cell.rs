@@ -46,6 +46,8 @@ impl PanelMut<'_> {
 /// Some consecutive tokens of one head.
 #[derive(Debug, Clone, Copy)]
 pub struct Piece<'a> {
+    /// Which problem.
+    pub batch: usize,
     /// Which head of the output.
     pub head: usize,
     /// Position of the first token since the state was empty. No piece reaches over a multiple of [`Cell::piece_len`].

@@ -174,14 +174,19 @@ impl<C: Cell> SimdOp for Run<'_, '_, '_, C> {
                 head.tokens.load(at, head.at, rows.clone(), sizes, &mut buffer.data);
             }
             let inputs: Vec<Panel<'_>> = workspace.inputs.iter().map(Buffer::panel).collect();
-            let piece =
-                Piece { head: head.at.1, first: head.first + rows.start, len: rows.len(), inputs: &inputs };
-            head.cell.forward(
-                simd,
-                piece,
-                &mut head.state,
-                workspace.out.panel_mut(),
-                &mut workspace.scratch,
+            let piece = Piece {
+                batch: head.at.0,
+                head: head.at.1,
+                first: head.first + rows.start,
+                len: rows.len(),
+                inputs: &inputs,
+            };
+            let (cell, state) = (head.cell, &mut head.state);
+            let (out, scratch) = (workspace.out.panel_mut(), &mut workspace.scratch);
+            // Built once per instruction set, for both directions.
+            simd.vectorize(
+                #[inline(always)]
+                || cell.forward(simd, piece, state, out, scratch),
             );
             if let Some(out) = &mut head.out {
                 let panel = workspace.out.panel();
@@ -300,7 +305,13 @@ impl<C: Cell> SimdOp for RunBack<'_, '_, '_, C> {
             let sizes_out = (back.out.width, back.out.stride);
             grad_out.load(0, at, range.clone(), sizes_out, &mut back.out.data);
             let inputs: Vec<Panel<'_>> = ahead.inputs.iter().map(Buffer::panel).collect();
-            let piece = Piece { head: at.1, first: first + range.start, len: range.len(), inputs: &inputs };
+            let piece = Piece {
+                batch: at.0,
+                head: at.1,
+                first: first + range.start,
+                len: range.len(),
+                inputs: &inputs,
+            };
             let mut rest = &snapshots[n * floats..(n + 1) * floats];
             let mut state = Vec::with_capacity(sizes.len());
             for &size in &sizes {

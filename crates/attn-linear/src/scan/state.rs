@@ -68,6 +68,14 @@ impl ScanState {
         part.data.chunks_exact(part.padded().max(1)).flat_map(|row| &row[..part.width]).copied().collect()
     }
 
+    /// Width of the rows of part `at`.
+    ///
+    /// # Panics
+    /// If there is no such part.
+    pub fn width(&self, at: usize) -> usize {
+        self.parts[at].width
+    }
+
     /// Replaces part `at` by `data [batch, heads, rows, width]`; `name` is for the error.
     ///
     /// # Errors
