@@ -12,11 +12,12 @@
 
 use super::Spec;
 use super::chunks::{for_each_chunk, share_of, union};
-use super::finish::Total;
+use super::few::{self, FEW, FewScratch};
+use super::finish::emit;
 use super::panel::Panel;
 use super::problem::Problem;
 use super::rows::Wide;
-use super::tasks::{Task, TaskOut};
+use super::tasks::Task;
 use crate::tiles::{PANEL, TileSizes};
 use attn_core::AttnShape;
 use attn_core::dropout::Dropout;
@@ -44,6 +45,7 @@ pub(super) struct Workspace {
     finite_v: Vec<f32>,
     /// `[block_kv]`, what the scores of a key are multiplied with; empty without a norm.
     key_scale: Vec<f32>,
+    few: FewScratch,
 }
 
 impl Workspace {
@@ -60,6 +62,7 @@ impl Workspace {
             wide_v: vec![0.0; block_kv * shape.head_dim_v],
             finite_v: Vec::new(),
             key_scale: Vec::new(),
+            few: FewScratch::default(),
         }
     }
 }
@@ -84,7 +87,11 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
         let n_lanes = task.heads.len() * task.rows.len();
 
-        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale } = workspace;
+        if n_lanes <= FEW && spec.dropout.is_none() && spec.qk_norm.is_none() {
+            return few::attend(simd, problem, spec, &mut workspace.few, task);
+        }
+
+        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, .. } = workspace;
         let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
             let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
@@ -98,13 +105,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         if let Some(share) = &task.share {
             spans = share_of(&spans, share.clone());
         }
-        let key_bias = spec.key_bias.map(|bias| match bias.len() == shape.n_kv {
-            true => &bias[problem.kv_range(task.sequence)],
-            false => {
-                let head = problem.batch_of(task.sequence) * shape.n_heads_kv + kv_head;
-                &bias[head * shape.n_kv..][problem.kv_range(task.sequence)]
-            }
-        });
+        let key_bias = spec.key_bias_of(problem, &task);
         let tile = Tile { spec, key_bias, shape };
         for_each_chunk(&spans, tiles.block_kv(), |ranges| {
             let k = k_rows.wide(ranges, wide_k);
@@ -365,28 +366,11 @@ fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Ta
         rows.resize(PANEL * width, 0.0);
         transpose(simd, Rows::new(&panel.acc, width, PANEL, PANEL), 1.0, rows, width);
         for segment in &panel.segments {
+            let sink = sinks.map(|sinks| sinks[segment.head.head]);
             for (lane, i) in segment.lanes() {
-                let (acc, (reference, sum)) = (&rows[lane * width..][..width], panel.softmax.state(lane));
-                match &mut task.out {
-                    TaskOut::Final(heads) => {
-                        let out = &mut heads[segment.head.head - task.heads.start];
-                        let row = i - task.rows.start;
-                        let sink = sinks.map(|sinks| sinks[segment.head.head]);
-                        let total = Total::new(std::iter::once((reference, sum)), sink);
-                        let weight = total.weight(reference);
-                        if weight == 0.0 {
-                            out.out.store(row, acc.iter().map(|_| 0.0));
-                        } else {
-                            out.out.store(row, acc.iter().map(|x| x * weight));
-                        }
-                        total.store_lse(out, row);
-                    }
-                    TaskOut::Partial(parts) => {
-                        let part = &mut parts[(p * PANEL + lane) * (width + 2)..][..width + 2];
-                        part[..width].copy_from_slice(acc);
-                        part[width..].copy_from_slice(&[reference, sum]);
-                    }
-                }
+                let acc = &rows[lane * width..][..width];
+                let place = (segment.head.head - task.heads.start, i - task.rows.start);
+                emit(&mut task.out, place, p * PANEL + lane, acc, panel.softmax.state(lane), sink);
             }
         }
     }

@@ -10,6 +10,7 @@
 //!
 //! A part that has seen nothing has `r = -inf`, `l = 0` and contributes nothing. Source: Milakov and Gimelshein 2018.
 
+use super::tasks::TaskOut;
 use attn_core::OutRows;
 use std::f32::consts::LOG2_E;
 use std::f64::consts::LN_2;
@@ -40,6 +41,37 @@ pub(super) fn merge<'p>(
     };
     out.out.store(row, (0..width).map(element));
     total.store_lse(out, row);
+}
+
+/// Writes one finished row, `acc` with its reference and sum, where a task's results go: divided and rounded, or as it is,
+/// to be merged. `place` is the head and the row within the task, `lane` their number.
+#[inline(always)]
+pub(super) fn emit(
+    out: &mut TaskOut<'_>,
+    (head, row): (usize, usize),
+    lane: usize,
+    acc: &[f32],
+    (reference, sum): (f32, f32),
+    sink: Option<f32>,
+) {
+    match out {
+        TaskOut::Final(heads) => {
+            let out = &mut heads[head];
+            let total = Total::new(std::iter::once((reference, sum)), sink);
+            let weight = total.weight(reference);
+            if weight == 0.0 {
+                out.out.store(row, acc.iter().map(|_| 0.0));
+            } else {
+                out.out.store(row, acc.iter().map(|x| x * weight));
+            }
+            total.store_lse(out, row);
+        }
+        TaskOut::Partial(parts) => {
+            let part = &mut parts[lane * (acc.len() + 2)..][..acc.len() + 2];
+            part[..acc.len()].copy_from_slice(acc);
+            part[acc.len()..].copy_from_slice(&[reference, sum]);
+        }
+    }
 }
 
 /// Normaliser of a row.

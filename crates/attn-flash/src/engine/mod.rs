@@ -12,6 +12,7 @@
 mod backward;
 mod block;
 mod chunks;
+mod few;
 mod finish;
 mod online_softmax;
 mod panel;
@@ -27,11 +28,10 @@ use attn_core::qk_norm::QkNorm;
 use attn_core::score::ScoreMod;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, check_lse};
-pub use backward::{
-    ForwardResult, Grads, OutputGrad, RowState, attend_backward, attend_backward_from_delta,
-};
+pub use backward::{ForwardResult, Grads, OutputGrad, RowState, attend_backward, attend_backward_from_delta};
 use block::{QueryBlock, Workspace};
 pub use problem::{KvView, PagedKv, Problem};
+use tasks::Task;
 
 /// What to compute; the tensors are given beside it.
 #[derive(Debug)]
@@ -76,6 +76,20 @@ impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
             qk_norm: None,
             tiles: None,
         }
+    }
+
+    /// The bias of the keys that a task sees, counted from its sequence's start.
+    fn key_bias_of(&self, problem: &Problem<'_>, task: &Task<'_>) -> Option<&'a [f32]> {
+        let (shape, bias) = (problem.shape(), self.key_bias?);
+        let first = match bias.len() == shape.n_kv {
+            true => 0,
+            false => {
+                let head =
+                    problem.batch_of(task.sequence) * shape.n_heads_kv + shape.kv_head(task.heads.start);
+                head * shape.n_kv
+            }
+        };
+        Some(&bias[first..][problem.kv_range(task.sequence)])
     }
 
     fn check(&self, shape: &AttnShape) -> Result<()> {

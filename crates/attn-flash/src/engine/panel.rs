@@ -4,7 +4,7 @@
 //! one head; when queries are few, several heads that share keys stand side by side.
 
 use super::Spec;
-use super::chunks::union;
+use super::chunks::{share_of, union};
 use super::online_softmax::OnlineSoftmax;
 use super::problem::Problem;
 use super::rows::HeadRows;
@@ -123,8 +123,23 @@ fn normalise(rows: &mut [f32], n_rows: usize, width: usize, norm: &QkNorm<'_>) {
     }
 }
 
+/// Keys that the queries of a task can see, cut to its share.
+pub(super) fn spans_of<M: Mask + ?Sized, C: ?Sized>(
+    problem: &Problem<'_>,
+    spec: &Spec<'_, M, C>,
+    task: &Task<'_>,
+    segments: &[Segment],
+) -> Vec<Range<usize>> {
+    let n_kv = problem.kv_range(task.sequence).len();
+    let spans = union(segments.iter().flat_map(|s| spec.mask.spans(s.head, s.rows.clone(), n_kv)).collect());
+    match &task.share {
+        Some(share) => share_of(&spans, share.clone()),
+        None => spans,
+    }
+}
+
 /// Which heads and rows stand in `lanes` of a task.
-fn segments(task: &Task<'_>, lanes: Range<usize>) -> Vec<Segment> {
+pub(super) fn segments(task: &Task<'_>, lanes: Range<usize>) -> Vec<Segment> {
     let n_rows = task.rows.len();
     let mut segments = Vec::with_capacity(lanes.len().div_ceil(n_rows) + 1);
     let mut at = lanes.start;

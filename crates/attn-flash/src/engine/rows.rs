@@ -1,7 +1,8 @@
 //! Rows of keys and values in whatever storage, read as f32.
 
 use super::problem::KvView;
-use attn_core::tile::widen;
+use attn_core::simd::{Isa, Simd, SimdOp};
+use attn_core::tile::read_rows;
 use attn_core::view::Rows;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -40,6 +41,31 @@ impl<'a> Wide<'a> {
     }
 }
 
+struct Copy<'a, 'o> {
+    rows: HeadRows<'a>,
+    out: &'o mut [f32],
+}
+
+impl SimdOp for Copy<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        match self.rows {
+            HeadRows::F32(rows) => read_rows(simd, rows, self.out),
+            HeadRows::Bf16(rows) => read_rows(simd, rows, self.out),
+            HeadRows::F16(rows) => read_rows(simd, rows, self.out),
+            HeadRows::Int8 { rows, scales, block, first } => {
+                read_rows(simd, rows, self.out);
+                for (i, out) in self.out.chunks_exact_mut(rows.width().max(1)).take(rows.len()).enumerate() {
+                    let scale = scales.row((first + i) / block)[0];
+                    out.iter_mut().for_each(|x| *x *= scale);
+                }
+            }
+        }
+    }
+}
+
 impl<'a> HeadRows<'a> {
     pub(crate) fn len(&self) -> usize {
         match self {
@@ -72,21 +98,9 @@ impl<'a> HeadRows<'a> {
         }
     }
 
-    /// Row-major f32 copies in `out [len, width]`.
-    #[inline(always)]
+    /// Row-major f32 copies in `out [len, width]`. Exact, hence the same on every instruction set.
     pub(crate) fn copy_to(&self, out: &mut [f32]) {
-        match self {
-            Self::F32(rows) => widen(*rows, out),
-            Self::Bf16(rows) => widen(*rows, out),
-            Self::F16(rows) => widen(*rows, out),
-            Self::Int8 { rows, scales, block, first } => {
-                let width = rows.width().max(1);
-                for (i, (row, out)) in rows.iter().zip(out.chunks_exact_mut(width)).enumerate() {
-                    let scale = scales.row((first + i) / block)[0];
-                    out.iter_mut().zip(row).for_each(|(o, x)| *o = scale * f32::from(*x));
-                }
-            }
-        }
+        Isa::current().run(Copy { rows: *self, out });
     }
 
     /// The rows in place where they are f32 already, else widened into `scratch`.
