@@ -1,6 +1,7 @@
 //! Exact attention for everyday use: full, causal and sliding-window masks, soft cap, grouped heads.
 
-use crate::engine::{ForwardResult, Grads, OutputGrad};
+use crate::cache::CacheKind;
+use crate::engine::{ForwardResult, Grads, OutputGrad, Problem};
 use crate::stream::{CachedStream, Kept};
 use crate::tiles::TileSizes;
 use attn_core::exact::Reference;
@@ -67,6 +68,20 @@ impl Flash {
         let right = if self.causal { Some(0) } else { self.window_right };
         let band = Band { offset: self.align.offset(shape.n_q, shape.n_kv), left: self.window_left, right };
         (band.left.is_some() || band.right.is_some()).then_some(band)
+    }
+
+    /// [`Streaming::start`] with a cache that stores what `kind` says, whatever the dtype of the stream.
+    ///
+    /// # Errors
+    /// As [`Streaming::start`].
+    pub fn start_with_cache(&self, shape: StreamShape, kind: CacheKind) -> Result<Box<dyn StreamState>> {
+        if !self.causal {
+            return Err(AttnError::unsupported(self.name(), "streaming without `causal`"));
+        }
+        let kept = Kept { sinks: 0, last: self.window_left };
+        let call = self.call();
+        let attend = move |problem: Problem<'_>, out: OutMut<'_>| call.forward(problem, out, None);
+        CachedStream::start_with_cache(attend, shape, kept, kind)
     }
 
     pub(crate) fn softcap(&self) -> Result<Option<SoftCap>> {
@@ -156,9 +171,6 @@ impl Differentiable for Flash {
 
 impl Streaming for Flash {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
-        if !self.causal {
-            return Err(AttnError::unsupported(self.name(), "streaming without `causal`"));
-        }
-        CachedStream::start(*self, shape, Kept { sinks: 0, last: self.window_left })
+        self.start_with_cache(shape, shape.dtype.into())
     }
 }

@@ -3,9 +3,10 @@
 //! - [`Flash`]: exact attention, the variant to call; [`FlashCall`]: with masks, score mods and further tensors.
 //! - [`Naive`]: the same by the textbook, row by row: what to compare with.
 //! - [`engine`]: the softmax engine underneath, with any mask and score function; attn-sparse and attn-hier drive it.
+//! - [`cache`]: contiguous and paged key/value caches in f32, bf16, f16 or int8.
 //! - [`stream`]: decoding with a key/value cache, for every variant of softmax attention.
 
-mod cache;
+pub mod cache;
 mod call;
 pub mod engine;
 mod flash;

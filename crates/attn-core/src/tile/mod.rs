@@ -22,8 +22,8 @@ mod prefetch;
 mod product;
 mod transpose;
 
-pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use convert::{Stored, load4_padded, read_rows};
+pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use exp::exp2;
 pub use prefetch::prefetch;
 pub use product::{Lhs, Rhs, Start, TileMut, product};
