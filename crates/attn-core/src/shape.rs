@@ -69,7 +69,9 @@ impl AttnShape {
 
     /// Output rows of the whole problem: `batch * n_heads_q * n_q`, the length of a log-sum-exp buffer.
     pub fn rows(&self) -> usize {
-        self.batch * self.n_heads_q * self.n_q
+        let axes = [self.batch, self.n_heads_q, self.n_q];
+        // Only an empty problem can have axes whose product is no number.
+        if axes.contains(&0) { 0 } else { axes.iter().fold(1, |rows: usize, n| rows.saturating_mul(*n)) }
     }
 
     /// Elements of q, k, v and out together, times the bytes of `dtype`: what any method has to move.

@@ -189,7 +189,8 @@ impl Flash {
     /// The visible band of each sequence, or `None` if everything is visible.
     fn bands(&self, problem: &Problem<'_>) -> Result<Option<BandPerBatch>> {
         let shape = problem.shape();
-        let Some(band) = self.band(&shape) else { return Ok(None) };
+        // An empty problem may have any number of sequences.
+        let Some(band) = self.band(&shape).filter(|_| shape.rows() > 0) else { return Ok(None) };
         let offset = |s| self.align.offset(problem.q_range(s).len(), problem.kv_range(s).len());
         let offsets: Vec<isize> = (0..problem.n_sequences()).map(offset).collect();
         let sequences = AttnShape { batch: offsets.len(), ..shape };

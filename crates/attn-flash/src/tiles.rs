@@ -30,7 +30,8 @@ impl TileSizes {
     /// Measured choice: longer query blocks once K and V leave the second-level cache, so that each key block is
     /// read from memory less often.
     pub fn auto(shape: &AttnShape) -> Self {
-        let kv_bytes = shape.n_kv * (shape.head_dim + shape.head_dim_v) * 4;
+        let kv_bytes =
+            shape.n_kv.saturating_mul(shape.head_dim.saturating_add(shape.head_dim_v)).saturating_mul(4);
         let block_q = if kv_bytes <= 1 << 19 { 64 } else { 256 };
         Self { block_q, block_kv: 128 }
     }

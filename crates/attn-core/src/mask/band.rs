@@ -28,8 +28,8 @@ impl Align {
     }
 }
 
-/// Further than any length. Offsets and widths beyond it count as this much, so that sums of them cannot overflow; unlike
-/// saturating sums, that costs nothing in a loop over pairs.
+/// Further than any length. Where a row's bounds lie beyond it they count as this much, so that a row's number can be added
+/// without overflow; unlike a saturating sum, that costs nothing in a loop over pairs.
 pub(super) const FAR: isize = isize::MAX / 8;
 
 /// A diagonal band: query `i` stands at `p = i + offset` and sees `p - left <= j <= p + right`, both ends
@@ -50,22 +50,28 @@ impl Band {
         Self { offset: align.offset(shape.n_q, shape.n_kv), left: None, right: Some(0) }
     }
 
-    /// Where query `i` stands on the key axis.
+    /// First key that query 0 may see.
     #[inline(always)]
-    fn position(&self, i: usize) -> isize {
-        self.offset.clamp(-FAR, FAR) + i as isize
+    fn first_of_0(&self) -> Option<isize> {
+        self.left.map(|left| self.offset.saturating_sub_unsigned(left).clamp(-FAR, FAR))
+    }
+
+    /// Last key that query 0 may see.
+    #[inline(always)]
+    fn last_of_0(&self) -> Option<isize> {
+        self.right.map(|right| self.offset.saturating_add_unsigned(right).clamp(-FAR, FAR))
     }
 
     /// First key that query `i` may see; may lie before the start of the key axis.
     #[inline(always)]
     fn first(&self, i: usize) -> isize {
-        self.left.map_or(isize::MIN, |left| self.position(i) - left.min(FAR as usize) as isize)
+        self.first_of_0().map_or(isize::MIN, |first| first + i as isize)
     }
 
     /// One past the last key that query `i` may see; may lie beyond the end.
     #[inline(always)]
     fn end(&self, i: usize) -> isize {
-        self.right.map_or(isize::MAX, |right| self.position(i) + right.min(FAR as usize) as isize + 1)
+        self.last_of_0().map_or(isize::MAX, |last| last + i as isize + 1)
     }
 }
 
@@ -99,12 +105,11 @@ impl Mask for Band {
     /// The rows that see a key are consecutive: two fills instead of a question a row.
     #[inline(always)]
     fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
-        // Row i sees j iff j - offset - right <= i <= j - offset + left.
-        let i = (j as isize).saturating_sub(self.offset);
-        let row = |i: isize| i.saturating_sub_unsigned(rows.start).clamp(0, rows.len() as isize) as usize;
-        let first = self.right.map_or(0, |right| row(i.saturating_sub_unsigned(right)));
-        let end = self.left.map_or(rows.len(), |left| row(i.saturating_add_unsigned(left).saturating_add(1)));
-        scores[..first.min(rows.len())].fill(f32::NEG_INFINITY);
+        // Row i sees j iff j - last_of_0 <= i <= j - first_of_0.
+        let row = |i: isize| (i - rows.start as isize).clamp(0, rows.len() as isize) as usize;
+        let first = self.last_of_0().map_or(0, |last| row(j as isize - last));
+        let end = self.first_of_0().map_or(rows.len(), |first| row(j as isize - first + 1));
+        scores[..first].fill(f32::NEG_INFINITY);
         scores[end..rows.len()].fill(f32::NEG_INFINITY);
     }
 }

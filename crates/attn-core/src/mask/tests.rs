@@ -60,6 +60,28 @@ fn spans_and_cover_agree_with_sees() {
 }
 
 #[test]
+fn bands_at_the_ends_of_the_numbers_are_what_they_say() {
+    let far =
+        [isize::MIN, isize::MIN + 1, isize::MIN / 8, -3, 0, 4, isize::MAX / 8, isize::MAX - 1, isize::MAX];
+    let widths = [0, 5, 1 << 62, isize::MAX as usize, isize::MAX as usize + 4, usize::MAX - 1, usize::MAX];
+    let widths: Vec<Option<usize>> = std::iter::once(None).chain(widths.map(Some)).collect();
+    for offset in far {
+        for left in &widths {
+            for right in &widths {
+                let band = Band { offset, left: *left, right: *right };
+                for (i, j) in (0..7).flat_map(|i| (0..9).map(move |j| (i, j))) {
+                    let (position, key) = (i as i128 + offset as i128, j as i128);
+                    let want = left.is_none_or(|left| position - left as i128 <= key)
+                        && right.is_none_or(|right| key <= position + right as i128);
+                    assert_eq!(band.sees(HEAD.pair(i, j)), want, "{band:?}, row {i}, key {j}");
+                }
+                check_consistent(&band, 7, 9, &format!("{band:?}"));
+            }
+        }
+    }
+}
+
+#[test]
 fn causal_aligns_the_last_query_with_the_last_key() {
     let shape = AttnShape { n_q: 2, n_kv: 5, ..AttnShape::square(1, 1, 1) };
     let seen = |align, i| {

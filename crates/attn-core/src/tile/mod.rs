@@ -3,6 +3,7 @@
 //! | kernel | does |
 //! |---|---|
 //! | [`product()`] | `C += A B`, `A` read by broadcast with any strides, `B` and `C` row-major |
+//! | [`Bf16Dot`] | the same product of bf16 pairs, and weights rounded to such pairs, where the CPU has the instruction |
 //! | [`exp2`] | `2^x` of a vector |
 //! | [`transpose`] | a row-major block into its transpose |
 //! | [`widen`] | bf16, f16 or f32 rows into f32 |
@@ -11,10 +12,12 @@
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
 //! in the vector lanes, `S^T = K Q^T` and `O^T += V^T P^T` read `K` and `V` where the caller keeps them.
 
+mod dot_bf16;
 mod exp;
 mod product;
 mod transpose;
 
+pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use exp::exp2;
 pub use product::{Lhs, Rhs, Start, TileMut, product};
 pub use transpose::{all_finite, transpose, widen};

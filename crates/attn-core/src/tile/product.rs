@@ -73,11 +73,12 @@ pub fn product<S: Simd>(
     if m == 0 || n == 0 {
         return;
     }
-    let last = |rows: usize, stride: usize, width: usize| (rows - 1) * stride + width;
+    let last =
+        |rows: usize, stride: usize, width: usize| (rows - 1).saturating_mul(stride).saturating_add(width);
     assert!(c.data.len() >= last(m, c.stride, n) && (m == 1 || c.stride >= n), "C is shorter than {m} x {n}");
     if k > 0 {
         assert!(b.data.len() >= last(k, b.stride, n), "B is shorter than {k} x {n}");
-        let a_last = (m - 1) * a.row_stride + (k - 1) * a.col_stride;
+        let a_last = last(m, a.row_stride, 0).saturating_add(last(k, a.col_stride, 0));
         assert!(a.data.len() > a_last, "A is shorter than {m} x {k}");
     }
     // Built once per instruction set, outside the engines' loops.
@@ -322,6 +323,19 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "B is shorter")]
+    fn strides_that_wrap_around_are_refused() {
+        // 2 * 2^63 is 0 in 64 bits.
+        Isa::Portable.run(Product {
+            size: [2, 4, 3],
+            a: Lhs { data: &[0.0; 6], row_stride: 3, col_stride: 1 },
+            b: Rhs { data: &[0.0; 12], stride: 1 << 63 },
+            c: TileMut { data: &mut [0.0; 8], stride: 4 },
+            start: Start::Zero,
+        });
     }
 
     #[test]

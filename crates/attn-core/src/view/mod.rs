@@ -17,7 +17,15 @@ const AXES: [&str; 4] = ["batch", "heads", "length", "width"];
 
 /// Element strides of a row-major buffer of this shape.
 pub fn contiguous_strides(shape: [usize; 4]) -> [usize; 4] {
-    [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1]
+    // An empty tensor may have axes of any length; its strides are never used.
+    let row = shape[3];
+    let head = row.saturating_mul(shape[2]);
+    [head.saturating_mul(shape[1]), head, row, 1]
+}
+
+/// Elements of a tensor of this shape, if that is a number.
+fn n_elements(shape: [usize; 4]) -> Option<usize> {
+    if shape.contains(&0) { Some(0) } else { shape.iter().try_fold(1, |n: usize, axis| n.checked_mul(*axis)) }
 }
 
 /// Checks that every element lies inside a buffer of `len` elements and that rows are contiguous.
@@ -64,8 +72,9 @@ impl<'a, E: Copy> View<'a, E> {
     /// # Errors
     /// [`AttnError::Layout`] if the buffer has another length.
     pub fn contiguous(tensor: &str, data: &'a [E], shape: [usize; 4]) -> Result<Self> {
-        let wanted: usize = shape.iter().product();
-        if data.len() != wanted {
+        let wanted = n_elements(shape);
+        if Some(data.len()) != wanted {
+            let wanted = wanted.map_or("too many".into(), |n| n.to_string());
             let reason = format!("shape {shape:?} has {wanted} elements, found {}", data.len());
             return Err(AttnError::Layout { tensor: tensor.into(), reason });
         }
@@ -149,7 +158,8 @@ impl<'a, E: Element> ViewMut<'a, E> {
     /// Cuts the view into disjoint blocks of at most `block` rows of one head each, ready to be written by
     /// different threads. Order: batch, head, row.
     pub fn into_blocks(self, block: usize) -> impl Iterator<Item = BlockMut<'a, E>> {
-        let n = self.shape[2];
+        // An empty output has no rows, whatever its length says.
+        let n = if self.shape.contains(&0) { 0 } else { self.shape[2] };
         let block = block.clamp(1, n.max(1));
         let cuts = (0..n.div_ceil(block)).map(|t| t * block..((t + 1) * block).min(n)).collect();
         rows_mut::blocks(self.data, self.shape, self.strides, cuts)
@@ -221,6 +231,8 @@ mod tests {
             "an axis of 1 never steps"
         );
         assert!(View::new("k", &data, [3, 2, 3, 4], [usize::MAX, 12, 4, 1]).is_err(), "overflow");
+        let wraps = View::contiguous("k", &data, [1 << 62, 4, 6, 4]).unwrap_err().to_string();
+        assert!(wraps.contains("too many elements"), "{wraps}");
     }
 
     #[test]
@@ -253,5 +265,8 @@ mod tests {
         let mut none: [f32; 0] = [];
         assert_eq!(View::contiguous("q", &none, [1, 2, 0, 4]).unwrap().head(0, 1).len(), 0);
         assert_eq!(ViewMut::contiguous("out", &mut none, [0, 2, 3, 4]).unwrap().into_blocks(2).count(), 0);
+        let any = [0, usize::MAX, usize::MAX, 2];
+        assert_eq!(View::contiguous("q", &none, any).unwrap().shape(), any);
+        assert_eq!(ViewMut::contiguous("out", &mut none, any).unwrap().into_blocks(2).count(), 0);
     }
 }

@@ -230,7 +230,9 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         }
 
         // A weight of 0 times a value of NaN or infinity would leak what the row must not see.
-        let all = !self.spec.score_mod.is_identity() || self.spec.dropout.is_some();
+        let biased_away =
+            || self.key_bias.is_some_and(|bias| keys.rows().any(|(_, j)| bias[j] == f32::NEG_INFINITY));
+        let all = !self.spec.score_mod.is_identity() || self.spec.dropout.is_some() || biased_away();
         let mut suspects = if all { 0..n_keys } else { hidden };
         let size = [self.shape.head_dim_v, lanes, n_keys];
         if suspects.any(|key| !all_finite(v.row(key, self.shape.head_dim_v))) {

@@ -41,7 +41,7 @@ pub(super) fn for_each_chunk(
             n_gathered = 0;
         }
         for first in span.clone().step_by(block_kv) {
-            visit(std::slice::from_ref(&(first..(first + block_kv).min(span.end))));
+            visit(std::slice::from_ref(&(first..first.saturating_add(block_kv).min(span.end))));
         }
     }
     if !gathered.is_empty() {

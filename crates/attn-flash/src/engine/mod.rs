@@ -79,11 +79,13 @@ impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
     }
 
     fn check(&self, shape: &AttnShape) -> Result<()> {
+        let n_keys =
+            shape.batch.checked_mul(shape.n_heads_kv).and_then(|heads| heads.checked_mul(shape.n_kv));
         if let Some(bias) = self.key_bias
             && bias.len() != shape.n_kv
-            && bias.len() != shape.batch * shape.n_heads_kv * shape.n_kv
+            && Some(bias.len()) != n_keys
         {
-            let all = shape.batch * shape.n_heads_kv * shape.n_kv;
+            let all = n_keys.map_or("too many".into(), |n| n.to_string());
             let expected = format!("n_kv = {} or batch * n_heads_kv * n_kv = {all}", shape.n_kv);
             return Err(AttnError::shape("key_bias", "elements", bias.len(), expected));
         }

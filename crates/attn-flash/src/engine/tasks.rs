@@ -67,14 +67,17 @@ pub(super) fn for_each<M: Mask + ?Sized, C: ?Sized>(
     run: impl Fn(Vec<Task<'_>>),
 ) {
     let shape = problem.shape();
+    if shape.rows() == 0 {
+        return;
+    }
     let packed = problem.n_sequences() != shape.batch || problem.q_range(0).len() != shape.n_q;
     let sequences_of_batch = if packed { problem.n_sequences() } else { 1 };
     let mut pieces: Vec<Range<usize>> = Vec::new();
     let mut owners: Vec<(usize, Range<usize>)> = Vec::new(); // sequence (within the batch entry) and its own rows
-    for s in 0..if shape.batch == 0 { 0 } else { sequences_of_batch } {
+    for s in 0..sequences_of_batch {
         let rows = problem.q_range(s);
         for first in rows.clone().step_by(tiles.block_q()) {
-            let end = (first + tiles.block_q()).min(rows.end);
+            let end = first.saturating_add(tiles.block_q()).min(rows.end);
             pieces.push(first..end);
             owners.push((s, first - rows.start..end - rows.start));
         }
