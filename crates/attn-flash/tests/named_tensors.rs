@@ -115,7 +115,7 @@ fn everything_at_once_is_the_definition() {
             && q_ids[p.i] == kv_ids[p.j]
             && (p.j <= position || p.j < 3)
             && p.j + 6 >= position
-            && (p.i + p.j) % 5 != 0
+            && !(p.i + p.j).is_multiple_of(5)
     });
     let (bias, slopes, near, far) =
         (f32s("bias"), f32s("alibi_slopes"), f32s("relative_table"), f32s("t5_table"));

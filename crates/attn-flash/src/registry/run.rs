@@ -1,10 +1,16 @@
 //! `flash` on named tensors.
 //!
-//! In: the tensors of a [`Layout`]; `mask`, `documents_q` with `documents_kv`; `bias`, `alibi_slopes`, `relative_table`,
-//! `t5_table`; `key_bias`, `sinks`; `keep`, `q_weight`, `k_weight`. `mask`, `keep` and `bias` broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right; `mask` and `keep` hold booleans as u8, true = attend; the others are f32, ids and lengths i32. All may be given together, except that
-//! packed sequences take no tensor over rows and keys.
+//! | tensors | what they are |
+//! |---|---|
+//! | those of a [`Layout`] | queries, keys and values |
+//! | `mask`, `keep` | booleans as u8: 1 is seen, is kept by the dropout |
+//! | `bias` | f32; this and the two above broadcast to `(batch, n_heads_q, n_q, n_kv)` from the right |
+//! | `documents_q [n_q]`, `documents_kv [n_kv]` | i32 ids, or with a batch axis in front; equal ids see each other |
+//! | `alibi_slopes [n_heads_q]`, `relative_table [n_heads_q, 2 max + 1]`, `t5_table [buckets, n_heads_q]` | f32 |
+//! | `key_bias [n_kv]`, `sinks [n_heads_q]`, `q_weight [head_dim]`, `k_weight [head_dim]` | f32 |
 //!
-//! Out: `o` and `lse`; with sinks, which `lse` includes, also `lse_without_sink`; with `grad_o`, gradients (see [`Called`]).
+//! All may be given together, except that packed sequences take no tensor over rows and keys. Out come `o` and `lse`; with
+//! sinks, which `lse` includes, also `lse_without_sink`; with `grad_o` the gradients of [`super::gradients`].
 
 use super::biases::Biases;
 use super::gradients::Called;

@@ -205,11 +205,6 @@ impl Sequences {
         Qkv::new(self.q.view("q")?, k.view("k")?, v.view("v")?)
     }
 
-    /// The call as a plain batch, if it is one.
-    pub fn batch(&self) -> Option<Qkv<'_>> {
-        if matches!(self.kind, Kind::Batch) { self.plain().ok() } else { None }
-    }
-
     /// Keys that a bias is counted over: those of the longest sequence, or of all packed ones.
     pub fn n_keys(&self) -> usize {
         if let Kind::Packed { .. } = self.kind { self.k.shape()[2].min(1 << 16) } else { self.seen.n_kv }

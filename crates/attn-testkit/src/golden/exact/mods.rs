@@ -59,7 +59,9 @@ fn use_tensor(plan: &mut Plan, case: &GoldenCase, name: &str, definition: &str) 
 fn is_summand(before: &str, after: &str) -> bool {
     let depth = before.chars().fold(0, |depth, c| depth + i32::from(c == '(') - i32::from(c == ')'));
     let after = after.trim_start();
-    depth == 0 && before.matches('|').count() % 2 == 0 && (after.is_empty() || after.starts_with(['+', '-']))
+    depth == 0
+        && before.matches('|').count().is_multiple_of(2)
+        && (after.is_empty() || after.starts_with(['+', '-']))
 }
 
 /// The shape over `b, h, i, j` of a tensor over `axes`, some of them in this order.

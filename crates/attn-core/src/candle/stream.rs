@@ -1,0 +1,41 @@
+//! Decoding on tensors.
+
+use super::storage::{cpu, qkv, run};
+use crate::StreamState;
+use candle_core::{CpuStorage, Result, Tensor};
+
+/// A stream on tensors. Its outputs carry no gradients: it is for decoding.
+pub struct CandleStream {
+    state: Box<dyn StreamState>,
+}
+
+impl CandleStream {
+    pub(super) fn new(state: Box<dyn StreamState>) -> Self {
+        Self { state }
+    }
+
+    /// Appends `n` positions and returns their outputs; layout as [`CandleAttention::forward_t`] with `n_q = n_kv = n`.
+    ///
+    /// # Errors
+    /// Tensors that do not fit the stream; the stream is then unchanged.
+    pub fn append_t(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (q_data, q_layout) = q.storage_and_layout();
+        let (k_data, k_layout) = k.storage_and_layout();
+        let (v_data, v_layout) = v.storage_and_layout();
+        let (q, k, v) = (cpu("q", &q_data)?, cpu("k", &k_data)?, cpu("v", &v_data)?);
+        let x = qkv((q, q_layout), (k, k_layout), (v, v_layout))?;
+        let (storage, shape) = run(x, |x, out| self.state.append(x, out))?;
+        let device = candle_core::Device::Cpu;
+        match storage {
+            CpuStorage::F32(data) => Tensor::from_vec(data, shape, &device),
+            CpuStorage::BF16(data) => Tensor::from_vec(data, shape, &device),
+            CpuStorage::F16(data) => Tensor::from_vec(data, shape, &device),
+            _ => candle_core::bail!("a stream gives f32, bf16 or f16"),
+        }
+    }
+
+    /// The state underneath: its length and the bytes it holds.
+    pub fn state(&self) -> &dyn StreamState {
+        &*self.state
+    }
+}
