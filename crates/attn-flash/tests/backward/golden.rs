@@ -36,12 +36,11 @@ fn run(case: &GoldenCase, w: &NamedTensor) {
         _ => panic!("{}: mask", case.case),
     });
     let dense = seen.as_ref().map(|(seen, axes)| DenseMask::new(seen, axes, &shape).unwrap());
-    let numbers = ["bias", "bias_with_neginf"].iter().find_map(|name| case.inputs.f32(name).unwrap());
+    let numbers = ["bias_with_neginf", "bias"].iter().find_map(|name| case.inputs.f32(name).unwrap());
     let bias = numbers.map(|(axes, bias)| Bias::new(bias, axes, &shape).unwrap());
     let alibi = case.inputs.f32("alibi_slopes").unwrap().map(|(_, slopes)| {
         Alibi::new(slopes.to_vec(), &shape, flash.align.offset(shape.n_q, shape.n_kv)).unwrap()
     });
-    // The files' biases hold numbers where pairs are hidden; `allow` says where they count.
     let mask = dense.as_ref().map_or(&SeeAll as &dyn Mask, |mask| mask);
     let score_mod: &dyn ScoreMod = match (&bias, &alibi) {
         (Some(bias), _) => bias,
@@ -96,7 +95,10 @@ fn tolerance(case: &GoldenCase, tol: Tol) -> Tol {
 fn every_stored_gradient() {
     let cases = load_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata")).unwrap();
     let mut compared = 0;
-    for case in cases.iter().filter(|case| !case.grads.0.is_empty()) {
+    // Further inputs and named closures are those of the entry with named tensors, which has its own test.
+    let known = ["q", "k", "v", "mask", "bias", "bias_with_neginf", "alibi_slopes"];
+    let plain = |case: &&GoldenCase| case.inputs.0.keys().all(|name| known.contains(&name.as_str()));
+    for case in cases.iter().filter(plain).filter(|case| !case.case.starts_with("mod-")) {
         if let Some(w) = &case.w {
             run(case, w);
             compared += 1;
