@@ -164,6 +164,8 @@ fn gradients_of_everything_are_the_oracles() {
         [
             ("mask", booleans(&[7, 11], 6)),
             ("alibi_slopes", floats(&[4], 2)),
+            ("bias", floats(&[4, 1, 11], 3)),
+            ("t5_table", floats(&[8, 4], 4)),
             ("key_bias", floats(&[11], 5)),
             ("sinks", floats(&[4], 6)),
             ("keep", booleans(&[2, 1, 7, 11], 4)),
@@ -184,12 +186,17 @@ fn gradients_of_everything_are_the_oracles() {
     let f32s = |name: &str| tensors.f32(name).unwrap().unwrap().1;
     let bytes = |name: &str| f64s(&tensors, name).into_iter().map(|x| x != 0.0).collect::<Vec<_>>();
     let (seen, keep, slopes) = (bytes("mask"), bytes("keep"), f32s("alibi_slopes"));
+    let (bias, table, buckets) = (f32s("bias"), f32s("t5_table"), T5Buckets::new(8, 128, true).unwrap());
+    let bias_index = |p: Pair| p.head * 11 + p.j;
+    let table_index = |p: Pair| buckets.bucket(p.j as isize - p.i as isize - 4) * 4 + p.head;
     let sees = Predicate(|p: Pair| p.j <= p.i + 4 && seen[p.i * 11 + p.j]);
     let scores = ScoreFnWithDerivative(
         |s: f32, p: Pair| {
             let capped =
                 cap * (s / cap).tanh() * (1.0 + 0.1 * p.head as f32) - 0.1 * p.i.abs_diff(p.j) as f32;
             capped - slopes[p.head] * (p.i + 4).abs_diff(p.j) as f32
+                + bias[bias_index(p)]
+                + table[table_index(p)]
         },
         |s: f32, p: Pair| (1.0 - (s / cap).tanh().powi(2)) * (1.0 + 0.1 * p.head as f32),
     );
@@ -207,9 +214,14 @@ fn gradients_of_everything_are_the_oracles() {
             gamma_k: Some(f32s("k_weight")),
         }),
     };
-    let mut key_bias = vec![0.0; 11];
+    let (mut key_bias, mut grad_bias, mut grad_table) = (vec![0.0; 11], vec![0.0; 44], vec![0.0; 32]);
     let x = tensors.qkv().unwrap();
-    let want = exact.backward(&x, &f64s(&tensors, "grad_o"), None, |p, ds| key_bias[p.j] += ds).unwrap();
+    let each_pair = |p: Pair, ds: f64| {
+        key_bias[p.j] += ds;
+        grad_bias[bias_index(p)] += ds;
+        grad_table[table_index(p)] += ds;
+    };
+    let want = exact.backward(&x, &f64s(&tensors, "grad_o"), None, each_pair).unwrap();
     for (name, want) in [
         ("grad.q", want.q),
         ("grad.k", want.k),
@@ -218,6 +230,8 @@ fn gradients_of_everything_are_the_oracles() {
         ("grad.q_weight", want.gamma_q.unwrap()),
         ("grad.k_weight", want.gamma_k.unwrap()),
         ("grad.key_bias", key_bias),
+        ("grad.bias", grad_bias),
+        ("grad.t5_table", grad_table),
     ] {
         assert_close(name, &f64s(&given, name), &want, Tol::ScaledMax(3e-6));
         let input = tensors.require(name.strip_prefix("grad.").unwrap()).unwrap();

@@ -7,6 +7,7 @@
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
 //!   AFT-simple.
 //! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
+//! - [`low_rank`]: softmax attention through few summaries: Linformer, Nystromformer, agent attention.
 //! - [`feature_map`]: what queries and keys become first.
 //!
 //! Time is linear in the length; what is remembered of the past has a fixed size.
@@ -19,6 +20,7 @@ mod kernelised;
 mod linear;
 mod linear_elu;
 pub mod matrix_state;
+pub mod low_rank;
 mod named;
 pub mod recurrent;
 mod registry;

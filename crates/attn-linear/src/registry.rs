@@ -4,5 +4,12 @@ use attn_core::registry::Entry;
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [crate::kernelised::entries(), crate::recurrent::entries(), crate::elementwise::entries(), crate::features::entries()].concat()
+    [
+        crate::kernelised::entries(),
+        crate::recurrent::entries(),
+        crate::elementwise::entries(),
+        crate::features::entries(),
+        crate::low_rank::entries(),
+    ]
+    .concat()
 }

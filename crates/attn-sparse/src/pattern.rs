@@ -11,11 +11,12 @@ use attn_core::exact::{Exact, Reference};
 use attn_core::mask::Mask;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
-    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, softmax_flops, softmax_scale_or_default,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
+    Qkv, QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
+    softmax_flops, softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
-use attn_flash::engine::{Spec, attend};
+use attn_flash::engine::{ForwardResult, Grads, OutputGrad, Spec, attend, attend_backward};
 use attn_flash::stream::{CachedStream, Kept};
 
 /// A static pattern: a small decider whose output is a mask.
@@ -108,11 +109,40 @@ impl<P: Pattern> Attention for SparseAttention<P> {
     fn as_streaming(&self) -> Option<&dyn Streaming> {
         if self.pattern.is_causal() { Some(self) } else { None }
     }
+
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        Some(self)
+    }
 }
 
 impl<P: Pattern> SoftmaxAttention for SparseAttention<P> {
     fn forward_with_lse(&self, x: Qkv<'_>, out: OutMut<'_>, lse: &mut [f32]) -> Result<()> {
         self.attend(x, out, Some(lse))
+    }
+}
+
+impl<P: Pattern> Differentiable for SparseAttention<P> {
+    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
+        let mut lse = vec![0.0; x.shape().rows()];
+        self.attend(x, out, Some(&mut lse))?;
+        Ok(Saved::new(lse))
+    }
+
+    fn backward(
+        &self,
+        x: Qkv<'_>,
+        out: TensorView<'_>,
+        saved: &Saved,
+        grad_out: TensorView<'_>,
+        grads: QkvGrads<'_>,
+    ) -> Result<()> {
+        grads.check(&x)?;
+        let softmax_scale = softmax_scale_or_default(self.softmax_scale, x.shape().head_dim)?;
+        let mask = self.pattern.mask(&x.shape());
+        let spec = Spec::new(softmax_scale, &mask, &Unchanged);
+        let forward = ForwardResult { out, lse: saved.get::<Vec<f32>>()? };
+        let grad = OutputGrad { out: grad_out, lse: None };
+        attend_backward(x, forward, grad, Grads::new(grads.q, grads.k, grads.v), &spec)
     }
 }
 

@@ -163,16 +163,23 @@ impl<'a> KeyRows<'a> {
                 return piece.wide(scratch);
             }
         }
+        self.copy_to(ranges, scratch);
+        Wide { data: scratch, stride: self.width() }
+    }
+
+    /// Copies the keys of all `ranges`, one after another, to `out [keys, width]`; gives their number.
+    #[inline]
+    pub(crate) fn copy_to(&self, ranges: &[Range<usize>], out: &mut [f32]) -> usize {
         let (width, mut at) = (self.width(), 0);
         for range in ranges {
             let mut keys = range.clone();
             while !keys.is_empty() {
                 let piece = self.piece(keys.clone());
-                piece.copy_to(&mut scratch[at * width..]);
+                piece.copy_to(&mut out[at * width..]);
                 at += piece.len();
                 keys.start += piece.len();
             }
         }
-        Wide { data: scratch, stride: width }
+        at
     }
 }

@@ -1,5 +1,6 @@
 //! The fuzz target's calls, made from random bytes by proptest: a bounded version that runs everywhere.
 
+#[allow(unreachable_pub)] // `fuzz/` compiles the module too
 mod attention;
 
 use attention::{Outcome, check, describe};

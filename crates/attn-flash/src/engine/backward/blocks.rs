@@ -141,7 +141,7 @@ impl<'a, M: Mask + ?Sized, C: ?Sized> Pass<'a, M, C> {
         grad_v: OutMut<'a>,
         key_sums: &'a mut [f32],
     ) -> Vec<KeyBlock<'a>> {
-        let (problem, shape) = (self.problem, self.problem.shape());
+        let shape = self.problem.shape();
         let mut key_sums = cut_rows_mut(key_sums, shape.n_kv, &pieces.ranges).into_iter();
         let grads = grad_k.into_cuts(pieces.ranges.clone()).into_iter();
         let grads = grads.zip(grad_v.into_cuts(pieces.ranges.clone())).enumerate();
@@ -150,10 +150,7 @@ impl<'a, M: Mask + ?Sized, C: ?Sized> Pass<'a, M, C> {
             let (s, keys) = pieces.owners[piece].clone();
             let (batch, kv_head) = (head / shape.n_heads_kv, head % shape.n_heads_kv);
             let sequence = batch + s;
-            let bias = self.spec.key_bias.map(|bias| match bias.len() == shape.n_kv {
-                true => &bias[problem.kv_range(sequence)],
-                false => &bias[head * shape.n_kv..][problem.kv_range(sequence)],
-            });
+            let bias = self.key_bias(sequence, kv_head);
             let [grad_k, grad_v] = [grad_k, grad_v].map(Sums::new);
             let key_sums = key_sums.next().unwrap_or_default();
             KeyBlock {

@@ -20,8 +20,10 @@
 //!
 //! Sources: Dao et al. 2022 (FlashAttention), appendix B; Dao 2023 (FlashAttention-2).
 
+mod bias;
 mod blocks;
 mod delta;
+mod meeting;
 mod queries;
 mod schedule;
 mod sums;
@@ -37,9 +39,9 @@ use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, TensorView, check_lse};
 use blocks::{Cut, KeyBlock, RowBlock, Whole};
+use meeting::{Meeting, Workspace};
 use std::sync::{Mutex, PoisonError};
 use sums::Sums;
-use tile::{Meeting, Workspace};
 
 /// What the forward pass gave.
 #[derive(Debug, Clone, Copy)]
@@ -203,9 +205,6 @@ fn check<M: ?Sized, C: ScoreMod + ?Sized>(
     if !problem.is_plain() {
         return Err(AttnError::unsupported("the backward pass", "keys and values in a cache or in pages"));
     }
-    if grads.bias.is_some() {
-        return Err(AttnError::unsupported("the backward pass", "the gradient of a bias"));
-    }
     if !spec.score_mod.has_derivative() {
         return Err(AttnError::unsupported("the backward pass", "a score mod without derivative"));
     }
@@ -224,14 +223,16 @@ struct Tiles {
 impl Tiles {
     /// Measured choice.
     fn auto(shape: &AttnShape) -> Self {
-        let span = if shape.head_dim + shape.head_dim_v <= 128 { 512 } else { 256 };
-        Self { block_kv: 64, span }
+        // Rows of k and v and their gradients take 512 KiB.
+        let span = (1 << 16) / (shape.head_dim + shape.head_dim_v);
+        Self { block_kv: 64, span: (span / 64 * 64).clamp(64, 512) }
     }
 
     /// Rows of a block of a sequence of `n`: few enough blocks that their meetings are a short list, enough of them to keep
     /// threads busy.
     fn block(n: usize) -> usize {
-        n.div_ceil(32).next_multiple_of(256).max(256)
+        let least = if n <= 2048 { 256 } else { 512 };
+        n.div_ceil(32).next_multiple_of(least).max(least)
     }
 }
 
@@ -251,6 +252,16 @@ impl<'a, M: ?Sized, C: ?Sized> Pass<'a, M, C> {
         let batch = self.problem.batch_of(head.batch);
         self.grad_out.head(batch, head.head).slice(self.problem.q_range(head.batch))
     }
+
+    /// What is added to the scores of the keys of a sequence.
+    fn key_bias(&self, sequence: usize, kv_head: usize) -> Option<&'a [f32]> {
+        let (shape, keys) = (self.problem.shape(), self.problem.kv_range(sequence));
+        let head = self.problem.batch_of(sequence) * shape.n_heads_kv + kv_head;
+        self.spec.key_bias.map(|bias| match bias.len() == shape.n_kv {
+            true => &bias[keys],
+            false => &bias[head * shape.n_kv..][keys],
+        })
+    }
 }
 
 fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
@@ -260,7 +271,7 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     spec: &Spec<'_, M, C>,
 ) {
     let shape = problem.shape();
-    let Grads { q, k, v, sinks, key_bias, bias: _, gamma_q, gamma_k } = grads;
+    let Grads { q, k, v, sinks, key_bias, bias, gamma_q, gamma_k } = grads;
     let pass = Pass {
         problem,
         spec,
@@ -270,6 +281,10 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     };
     if let (Some(sinks), Some(grad)) = (spec.sinks, sinks) {
         delta::sink_gradients(&shape, sinks, rows.lse, rows.delta, grad);
+    }
+
+    if let Some((index, grad)) = bias {
+        pass.bias_gradient([rows.lse, rows.delta], index, grad);
     }
 
     let n_sums = if pass.sum_keys { shape.batch * shape.n_heads_kv * shape.n_kv } else { 0 };
