@@ -231,3 +231,18 @@ fn bad_arguments_are_errors_and_nothing_is_written() {
         TileSizes::new(33, 64).is_err() && TileSizes::new(32, 0).is_err() && TileSizes::new(0, 1).is_err()
     );
 }
+
+#[test]
+fn scores_as_large_as_numbers_get_keep_their_differences() {
+    // What padding by the most negative number does: all keys are equally hopeless, hence equally weighed.
+    for (n_q, n_kv) in [(1, 70), (40, 70)] {
+        let problem = Problem::new(shape(n_q, n_kv));
+        for fill in [f32::MIN, -1e30, 1e30, 3e38] {
+            let bias = vec![fill; n_kv];
+            let bias = Bias::new(&bias, &[n_kv], &problem.shape).unwrap();
+            check(&format!("bias {fill:e}"), &problem, &SeeAll, &bias);
+            let half = ScoreFn(move |s, p: Pair| if p.j % 2 == 0 { s + fill } else { fill });
+            check(&format!("half {fill:e}"), &problem, &SeeAll, &half);
+        }
+    }
+}

@@ -56,9 +56,9 @@ struct Running {
 }
 
 impl Running {
-    /// `m log2 e`, or 0 before anything was seen.
+    /// `m`, or 0 before anything was seen.
     fn reference(&self) -> f32 {
-        if self.max == f32::NEG_INFINITY { 0.0 } else { self.max * LOG2_E }
+        if self.max == f32::NEG_INFINITY { 0.0 } else { self.max }
     }
 }
 
@@ -140,7 +140,7 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     for segment in &segments {
         let sink = spec.sinks.map(|sinks| sinks[segment.head.head]);
         for (lane, i) in segment.lanes() {
-            let state = (running[lane].max * LOG2_E, running[lane].sum);
+            let state = (running[lane].max, running[lane].sum);
             let acc = &acc[lane * width_v..][..shape.head_dim_v];
             let place = (segment.head.head - task.heads.start, i - task.rows.start);
             emit(&mut task.out, place, lane, acc, state, sink);
@@ -228,17 +228,16 @@ fn weigh<S: Simd>(simd: S, scores: &mut [f32], running: &mut Running, acc: &mut 
     let max = scores.iter().fold(running.max, |max, s| max.max(*s));
     if max > running.max {
         let moved = Running { max, ..*running };
-        let factor = if running.sum == 0.0 { 0.0 } else { (running.max * LOG2_E - moved.reference()).exp2() };
+        let factor = if running.sum == 0.0 { 0.0 } else { (running.max - moved.reference()).exp() };
         running.sum *= factor;
         acc.iter_mut().for_each(|a| *a *= factor);
         running.max = max;
     }
     let reference = S::f32s::splat(simd, running.reference());
-    let log2_e = S::f32s::splat(simd, LOG2_E);
     let mut sum = S::f32s::splat(simd, 0.0);
     let mut chunks = scores.chunks_exact_mut(S::f32s::LEN);
     for chunk in &mut chunks {
-        let weight = exp2(simd, S::f32s::from_slice(simd, chunk).mul_sub(log2_e, reference));
+        let weight = exp2(simd, (S::f32s::from_slice(simd, chunk) - reference) * LOG2_E);
         weight.store_slice(chunk);
         sum += weight;
     }
@@ -247,7 +246,7 @@ fn weigh<S: Simd>(simd: S, scores: &mut [f32], running: &mut Running, acc: &mut 
         let mut padded = [f32::NEG_INFINITY; MAX_LANES];
         padded[..rest.len()].copy_from_slice(rest);
         let padded = &mut padded[..S::f32s::LEN];
-        let weight = exp2(simd, S::f32s::from_slice(simd, padded).mul_sub(log2_e, reference));
+        let weight = exp2(simd, (S::f32s::from_slice(simd, padded) - reference) * LOG2_E);
         weight.store_slice(padded);
         sum += weight;
         rest.copy_from_slice(&padded[..rest.len()]);

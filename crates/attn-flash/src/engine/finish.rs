@@ -1,19 +1,17 @@
 //! The end of a row: division by the normaliser, sink, log-sum-exp; and the merge of rows that were split.
 //!
-//! A row ends as an accumulator `acc`, a reference `r` (in units of `log2`) and a sum `l`, with weights `2^(s log2 e - r)`.
-//! With parts `p` over disjoint keys and a sink logit `b` that has no value:
+//! A row ends as an accumulator `acc`, a reference `r` and a sum `l`, with weights `e^(s - r)`. With parts `p` over disjoint
+//! keys and a sink logit `b` that has no value:
 //!
 //! ```text
-//! R = max(r_p, b log2 e)          L = sum_p 2^(r_p - R) l_p + 2^(b log2 e - R)
-//! out = sum_p 2^(r_p - R) acc_p / L          lse = (R + log2 L) ln 2
+//! R = max(r_p, b)          L = sum_p e^(r_p - R) l_p + e^(b - R)
+//! out = sum_p e^(r_p - R) acc_p / L          lse = R + ln L
 //! ```
 //!
 //! A part that has seen nothing has `r = -inf`, `l = 0` and contributes nothing. Source: Milakov and Gimelshein 2018.
 
 use super::tasks::TaskOut;
 use attn_core::OutRows;
-use std::f32::consts::LOG2_E;
-use std::f64::consts::LN_2;
 
 /// The rows of one head that a task writes.
 #[derive(Debug)]
@@ -85,9 +83,9 @@ impl Total {
     /// From the `(r, l)` of its parts, and the sink.
     #[inline]
     pub(super) fn new(parts: impl Iterator<Item = (f32, f32)> + Clone, sink: Option<f32>) -> Self {
-        let sink = sink.map_or(f32::NEG_INFINITY, |sink| sink * LOG2_E);
+        let sink = sink.unwrap_or(f32::NEG_INFINITY);
         let reference = parts.clone().fold(sink, |max, (r, _)| max.max(r));
-        let share = |r: f32| if r == f32::NEG_INFINITY { 0.0 } else { (r - reference).exp2() };
+        let share = |r: f32| if r == f32::NEG_INFINITY { 0.0 } else { (r - reference).exp() };
         let sum = parts.fold(share(sink), |sum, (r, l)| if l == 0.0 { sum } else { sum + share(r) * l });
         Self { reference, sum }
     }
@@ -98,7 +96,7 @@ impl Total {
         if r == f32::NEG_INFINITY || self.sum == 0.0 {
             return if self.sum.is_nan() { f32::NAN } else { 0.0 };
         }
-        (r - self.reference).exp2() / self.sum
+        (r - self.reference).exp() / self.sum
     }
 
     /// Writes the natural log-sum-exp of row `row`, if it is wanted.
@@ -106,7 +104,7 @@ impl Total {
     pub(super) fn store_lse(&self, out: &mut HeadOut<'_>, row: usize) {
         if let Some(lse) = &mut out.lse {
             // In f64: both terms may be far larger than what is left of them.
-            lse[row] = ((f64::from(self.reference) + f64::from(self.sum).log2()) * LN_2) as f32;
+            lse[row] = (f64::from(self.reference) + f64::from(self.sum).ln()) as f32;
         }
     }
 }

@@ -8,9 +8,8 @@
 //! acc <- e^(m - m') acc + sum_j e^(s_j - m') v_j
 //! ```
 //!
-//! and at the end `out = acc / l`, `lse = m + ln l`. Exponentials are powers of two, `e^(s - m) = 2^(s log2 e - r)` with
-//! `r = m log2 e` rounded once: the multiply-add rounds the difference, not its parts, and whatever the rounding of `r`
-//! changes is the same for all weights of a row and comes back in `lse = (r + log2 l) ln 2` (see `finish`).
+//! and at the end `out = acc / l`, `lse = m + ln l` (see `finish`). Exponentials are powers of two of `(s - m) log2 e`: the
+//! difference comes first, so that scores of any size, f32's largest included, keep their digits.
 //!
 //! The reference `m` is moved only when a tile exceeds it by more than `ln 2^8` (lazy rescaling): until then the weights
 //! are larger than 1 but far from overflow, and nothing has to be rescaled. Sources: Milakov and Gimelshein 2018; Dao 2023 (FlashAttention-2), Algorithm 1.
@@ -18,7 +17,7 @@
 //! A lane that has seen nothing keeps `m = -inf`, `l = 0`. NaN scores give NaN weights, hence a NaN row.
 
 use crate::tiles::PANEL;
-use attn_core::simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
+use attn_core::simd::{Select, Simd, SimdBase, SimdMask};
 use attn_core::tile::exp2;
 use std::f32::consts::{LN_2, LOG2_E};
 
@@ -60,7 +59,7 @@ impl OnlineSoftmax {
             let old = column(&self.row_max);
             if tile_max.simd_gt(old + SLACK).any_true() {
                 let new = old.max(tile_max);
-                let factor = exp2(simd, old * LOG2_E - reference(simd, new));
+                let factor = exp2(simd, (old - reference(simd, new)) * LOG2_E);
                 (column(&self.row_sum) * factor).store_slice(&mut self.row_sum[lane..lane + width]);
                 for row in acc.as_chunks_mut::<PANEL>().0 {
                     (column(row) * factor).store_slice(&mut row[lane..lane + width]);
@@ -69,10 +68,9 @@ impl OnlineSoftmax {
             }
 
             let reference = reference(simd, column(&self.row_max));
-            let log2_e = S::f32s::splat(simd, LOG2_E);
             let mut sum = S::f32s::splat(simd, 0.0);
             for row in scores.as_chunks_mut::<PANEL>().0 {
-                let weight = exp2(simd, column(row).mul_sub(log2_e, reference));
+                let weight = exp2(simd, (column(row) - reference) * LOG2_E);
                 weight.store_slice(&mut row[lane..lane + width]);
                 sum += weight;
             }
@@ -80,15 +78,15 @@ impl OnlineSoftmax {
         }
     }
 
-    /// The reference (in units of `log2`, -inf for a lane that has seen nothing) and the sum of a lane.
+    /// The reference (-inf for a lane that has seen nothing) and the sum of a lane.
     pub(super) fn state(&self, lane: usize) -> (f32, f32) {
-        (self.row_max[lane] * LOG2_E, self.row_sum[lane])
+        (self.row_max[lane], self.row_sum[lane])
     }
 }
 
-/// `m log2 e`, and 0 for lanes that have seen nothing, so that `-inf - reference` stays -inf.
+/// `m`, and 0 for lanes that have seen nothing, so that `-inf - reference` stays -inf.
 #[inline(always)]
 fn reference<S: Simd>(simd: S, max: S::f32s) -> S::f32s {
     let nothing = max.simd_eq(S::f32s::splat(simd, f32::NEG_INFINITY));
-    nothing.select(S::f32s::splat(simd, 0.0), max * LOG2_E)
+    nothing.select(S::f32s::splat(simd, 0.0), max)
 }
