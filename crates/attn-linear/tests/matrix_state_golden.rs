@@ -1,7 +1,11 @@
 //! The variants of the matrix-state engine against vectors computed by other people's packages.
 
-use attn_core::registry::{NamedTensors, Options, find};
+use attn_core::View;
+use attn_core::registry::{NamedTensors, Options, TensorData, find};
+use attn_linear::matrix_state::{Inputs, StateAttention, StateVariant};
+use attn_linear::recurrent::*;
 use attn_linear::registry;
+use attn_testkit::compare::assert_close;
 use attn_testkit::golden::{GoldenCase, load_dir};
 
 fn cases(variant: &str, count: usize) -> Vec<GoldenCase> {
@@ -38,6 +42,47 @@ fn check_as(
     }
 }
 
+/// As [`check`], and compares the gradients that the files store.
+fn check_gradients<V: StateVariant>(
+    variant: &str,
+    count: usize,
+    names: &[(&str, &str)],
+    options: impl Fn(&GoldenCase) -> Options,
+) {
+    let names = [&[("s0", "initial_state"), ("g", "log_decay"), ("log_w", "log_decay")], names].concat();
+    check(variant, count, &names, &options);
+    let mut compared = 0;
+    for case in cases(variant, count) {
+        let Some(w) = &case.w else { continue };
+        let tensors = renamed(&case, &names);
+        let ours = V::from_options(&options(&case).with("scale", &case.options["scale"])).unwrap();
+        let attention = StateAttention::new(ours);
+        let x = Inputs::of(&tensors, V::EXTRAS).unwrap();
+        let memory = attention.memory_of(&x, &tensors).unwrap();
+        let TensorData::F32(w_data) = &w.data else { panic!("f32") };
+        let shape: [usize; 4] = w.shape.as_slice().try_into().unwrap();
+        let d_out = View::contiguous("w", w_data, shape).unwrap();
+        let got = attention.backward_inputs(&x, Some(&memory), d_out.into(), None).unwrap();
+        for (theirs, want) in &case.grads.0 {
+            let name =
+                names.iter().find(|(name, _)| name == theirs).map_or(theirs.as_str(), |(_, ours)| ours);
+            let data = match name {
+                "initial_state" => &got.memory[..],
+                _ => got.inputs.f32(name).unwrap().unwrap_or_else(|| panic!("{variant}: no {name}")).1,
+            };
+            let what = format!("{variant} {}: gradient of {theirs}", case.case);
+            assert_close(
+                &what,
+                data,
+                &want.data.to_f64(),
+                case.tolerance_for(&format!("grad.{theirs}")).unwrap(),
+            );
+            compared += 1;
+        }
+    }
+    assert!(compared > 3, "{variant}: the files store gradients");
+}
+
 fn check(variant: &str, count: usize, names: &[(&str, &str)], options: impl Fn(&GoldenCase) -> Options) {
     check_as(variant, variant, count, names, options);
 }
@@ -61,38 +106,40 @@ const GATES: &[(&str, &str)] = &[("g_raw", "gate_raw"), ("A_log", "a_log")];
 
 #[test]
 fn gated_linear_attention_equals_flash_linear_attention() {
-    check("gla", 5, &[], plain);
-    check("simple-gla", 5, &[], plain);
+    check_gradients::<Gla>("gla", 5, &[], plain);
+    check_gradients::<SimpleGla>("simple-gla", 5, &[], plain);
 }
 
 #[test]
 fn delta_rules_equal_flash_linear_attention_and_transformers() {
-    check("deltanet", 5, &[], raw_keys);
-    check("gated-deltanet", 8, GATES, normed);
-    check("kda", 8, GATES, normed);
+    check_gradients::<DeltaNet>("deltanet", 5, &[], raw_keys);
+    check_gradients::<GatedDeltaNet>("gated-deltanet", 8, GATES, normed);
+    check_gradients::<Kda>("kda", 8, GATES, normed);
 }
 
 #[test]
 fn mamba2_equals_transformers() {
     let names = [("Bm", "k"), ("Cm", "q"), ("x", "v"), ("A", "a"), ("D", "d")];
-    check("mamba2", 5, &names, |case| Options::new().with("softplus", &case.options["dt_softplus"]));
+    check_gradients::<Mamba2>("mamba2", 5, &names, |case| {
+        Options::new().with("softplus", &case.options["dt_softplus"])
+    });
 }
 
 #[test]
 fn rwkv_equals_flash_linear_attention() {
-    check("rwkv5", 1, &[("u", "bonus")], plain);
-    check("rwkv6", 5, &[("u", "bonus")], plain);
-    check("rwkv7", 5, &[("r", "q"), ("a", "alpha")], plain);
+    check_gradients::<Rwkv5>("rwkv5", 1, &[("u", "bonus")], plain);
+    check_gradients::<Rwkv6>("rwkv6", 5, &[("u", "bonus")], plain);
+    check_gradients::<Rwkv7>("rwkv7", 5, &[("r", "q"), ("a", "alpha")], plain);
 }
 
 #[test]
 fn lightning_equals_transformers() {
-    check("lightning", 3, &[], plain);
+    check_gradients::<Lightning>("lightning", 3, &[], plain);
     // Its slopes are the ones we take where none are given.
     for case in cases("lightning", 3) {
         let slopes = case.inputs.f32("slope").unwrap().unwrap().1;
         let [layer, layers] = ["layer", "layers"].map(|name| case.options[name].as_u64().unwrap() as usize);
-        let ours = attn_linear::recurrent::Lightning { scale: 1.0, layer, layers, chunk_len: 64 };
+        let ours = Lightning { scale: 1.0, layer, layers, chunk_len: 64 };
         for (h, slope) in slopes.iter().enumerate() {
             let got = ours.slope(h, slopes.len());
             assert!((got - slope).abs() <= 1e-6 * slope, "{}: {got} {slope}", case.case);
@@ -102,7 +149,9 @@ fn lightning_equals_transformers() {
 
 #[test]
 fn hgrn2_equals_flash_linear_attention() {
-    check("hgrn2", 3, &[("f", "k")], |case| Options::new().with("lower_bound", &case.options["lower_bound"]));
+    check_gradients::<Hgrn2>("hgrn2", 3, &[("f", "k")], |case| {
+        Options::new().with("lower_bound", &case.options["lower_bound"])
+    });
 }
 
 #[test]
@@ -119,10 +168,10 @@ fn delta_products_equal_flash_linear_attention() {
 
 #[test]
 fn other_delta_rules_equal_flash_linear_attention() {
-    check("comba", 3, &[], raw_keys);
-    check("gdn2", 3, &[("b", "erase_gate"), ("wgate", "write_gate")], raw_keys);
-    check("dplr", 3, &[], raw_keys);
-    check("iplr", 3, &[], raw_keys);
+    check_gradients::<Comba>("comba", 3, &[], raw_keys);
+    check_gradients::<Gdn2>("gdn2", 3, &[("b", "erase_gate"), ("wgate", "write_gate")], raw_keys);
+    check_gradients::<Dplr>("dplr", 3, &[], raw_keys);
+    check_gradients::<Iplr>("iplr", 3, &[], raw_keys);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A variant of the engine as an [`Attention`], and on typed inputs.
 
+use super::gradients::{Gradients, backward};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
 use super::run::{Workspace, definition, forward, prepare};
@@ -7,8 +8,9 @@ use super::variant::StateVariant;
 use attn_core::exact::Reference;
 use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Element, Family, Growth, OutMut, Profile, Qkv,
-    Result, StreamShape, StreamState, Streaming, Target,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
+    Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, ViewMut,
+    check_like,
 };
 
 /// A [`StateVariant`], ready to call.
@@ -37,6 +39,21 @@ impl<V: StateVariant> StateAttention<V> {
         forward(&self.variant, x, out, memory)
     }
 
+    /// The gradients of a loss with respect to all inputs and the memory before the first token, given that of the
+    /// output and, where the loss depends on it, that of the memory after the last token, `[batch, heads, memory]`.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_inputs`]; [`AttnError::Unsupported`] for a variant without gradients.
+    pub fn backward_inputs(
+        &self,
+        x: &Inputs<'_>,
+        memory: Option<&Memory>,
+        grad_out: TensorView<'_>,
+        grad_memory: Option<&[f32]>,
+    ) -> Result<Gradients> {
+        backward(&self.variant, x, memory, grad_out, grad_memory)
+    }
+
     /// The definition on typed inputs: the recurrence in f64.
     ///
     /// # Errors
@@ -52,6 +69,15 @@ impl<V: StateVariant> StateAttention<V> {
     pub fn memory(&self, x: &Inputs<'_>) -> Result<Memory> {
         let (sizes, plan) = prepare(&self.variant, x)?;
         Ok(Memory::new(&plan, &sizes))
+    }
+
+    /// The memory before the first token, from tensors called as its parts are; of nothing where none is given.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_inputs`]; [`AttnError`] naming a part that is missing or has another shape.
+    pub fn memory_of(&self, x: &Inputs<'_>, tensors: &NamedTensors) -> Result<Memory> {
+        let (sizes, plan) = prepare(&self.variant, x)?;
+        Memory::of(&plan, &sizes, tensors)
     }
 
     /// Runs on named tensors: q, k, v, the variant's extra inputs and the parts of its memory. Gives `o` and the memory
@@ -146,6 +172,57 @@ impl<V: StateVariant> Attention for StateAttention<V> {
 
     fn as_streaming(&self) -> Option<&dyn Streaming> {
         Some(self)
+    }
+
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        if V::DIFFERENTIABLE { Some(self) } else { None }
+    }
+}
+
+impl<V: StateVariant> Differentiable for StateAttention<V> {
+    /// Saves nothing: the backward pass computes the states again.
+    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
+        self.forward(x, out)?;
+        Ok(Saved::new(()))
+    }
+
+    fn backward(
+        &self,
+        x: Qkv<'_>,
+        out: TensorView<'_>,
+        saved: &Saved,
+        grad_out: TensorView<'_>,
+        grads: QkvGrads<'_>,
+    ) -> Result<()> {
+        let width = x.shape().head_dim_v;
+        check_like("out", out.shape(), out.dtype(), x.q(), width)?;
+        check_like("grad_out", grad_out.shape(), grad_out.dtype(), x.q(), width)?;
+        grads.check(&x)?;
+        saved.get::<()>()?;
+        let all = backward(&self.variant, &inputs(x)?, None, grad_out, None)?.inputs;
+        for (name, out) in [("q", grads.q), ("k", grads.k), ("v", grads.v)] {
+            let (_, data) = all.f32(name)?.unwrap_or((&[], &[]));
+            store(out, data);
+        }
+        Ok(())
+    }
+}
+
+/// Rounds `data [batch, heads, length, width]` into `out`.
+fn store(out: OutMut<'_>, data: &[f32]) {
+    fn typed<E: Element>(out: ViewMut<'_, E>, data: &[f32]) {
+        let mut rows = data.chunks_exact(out.shape()[3].max(1));
+        for mut block in out.into_blocks(usize::MAX) {
+            for i in 0..block.out.len() {
+                let row = rows.next().unwrap_or_default();
+                block.out.row_mut(i).iter_mut().zip(row).for_each(|(o, x)| *o = E::store(*x));
+            }
+        }
+    }
+    match out {
+        OutMut::F32(out) => typed(out, data),
+        OutMut::Bf16(out) => typed(out, data),
+        OutMut::F16(out) => typed(out, data),
     }
 }
 

@@ -237,6 +237,11 @@ impl<'a> Inputs<'a> {
         Ok(Sizes { batch: q[0], heads, tokens, keys, head_dim: q[3], head_dim_v: v[3], widths })
     }
 
+    /// Names and shapes of the extra inputs.
+    pub(super) fn extra_shapes(&self) -> impl Iterator<Item = (&'static str, [usize; 4])> {
+        self.extras.iter().map(|(name, view)| (*name, view.shape()))
+    }
+
     /// The extra inputs' rows of one output head.
     pub(super) fn head_extras(
         &self,

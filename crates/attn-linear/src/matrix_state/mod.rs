@@ -21,8 +21,10 @@
 
 mod attend;
 mod attention;
+mod backward;
 mod chunk;
 mod fading;
+mod gradients;
 mod inputs;
 mod memory;
 pub mod naive;
@@ -37,26 +39,28 @@ mod weights;
 
 pub use attention::StateAttention;
 pub use chunk::Chunk;
+pub use gradients::Gradients;
 pub use inputs::{Extra, Inputs, Per, Sizes, Width};
 pub use memory::{Memory, Part};
 pub use options::{Decay, Erase, EraseAt, Options, Read};
-pub use variant::{Plan, StateVariant, Tokens};
+pub use variant::{Plan, Pull, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
 use attend::{Attend, Scratch};
 use attn_core::simd::Isa;
+use backward::{BackScratch, Backward};
 use step::Steps;
 
 /// Up to this many tokens the recurrent form beats the chunked one.
 const RECURRENT_LEN: usize = 2;
 
 /// A thread's workspace for heads with the same options.
-pub struct Engine(Scratch);
+pub struct Engine(Scratch, BackScratch);
 
 impl Engine {
     /// For chunks of up to `len` tokens.
     pub fn new(options: &Options, len: usize) -> Self {
-        Self(Scratch::new(options, len))
+        Self(Scratch::new(options, len), BackScratch::default())
     }
 
     /// Bytes of [`Engine::new`] and of a [`Chunk`] for it.
@@ -79,5 +83,29 @@ impl Engine {
             isa.run(Attend { chunk, state, scratch });
         }
         &self.0.reads[..chunk.len * o.value_dim]
+    }
+
+    /// The gradients of [`Engine::run`] on `chunk` from `state`: `d_reads [len, value_dim]` is the gradient of its result,
+    /// `d_state` that of the state after it and becomes that of the state before it, `grads` becomes those of the
+    /// chunk's rows. The gradient of the bonus is added to.
+    ///
+    /// # Panics
+    /// As [`Engine::run`].
+    pub fn backward(
+        &mut self,
+        isa: Isa,
+        chunk: &Chunk,
+        state: &[f32],
+        d_reads: &[f32],
+        d_state: &mut [f32],
+        grads: &mut Chunk,
+    ) {
+        let o = self.0.options;
+        assert_eq!((state.len(), d_state.len()), (o.state_len(), o.state_len()), "state");
+        assert_eq!(d_reads.len(), chunk.len * o.value_dim, "gradient of the reads");
+        if chunk.len > 0 {
+            let (scratch, back) = (&mut self.0, &mut self.1);
+            isa.run(Backward { chunk, state, d_reads, d_state, grads, scratch, back });
+        }
     }
 }

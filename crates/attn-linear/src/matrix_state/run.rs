@@ -210,7 +210,7 @@ impl<E: Element> Head<'_, E> {
 }
 
 /// The rows of each extra input that belong to some tokens.
-fn cut_extras<'a>(
+pub(super) fn cut_extras<'a>(
     extras: &[(&'static str, Rows<'a, f32>)],
     sizes: &Sizes,
     tokens: &Range<usize>,
@@ -225,7 +225,7 @@ fn cut_extras<'a>(
 }
 
 /// Rows as f32: in place where they are that already.
-fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f32]) -> Rows<'a, f32> {
+pub(super) fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f32]) -> Rows<'a, f32> {
     struct Widen<'a, E>(Rows<'a, E>, &'a mut [f32]);
     impl<E: Element> SimdOp for Widen<'_, E> {
         type Output = ();

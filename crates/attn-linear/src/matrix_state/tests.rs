@@ -46,7 +46,7 @@ fn sequence(o: &Options, len: usize, strength: Strength, seed: u32) -> Chunk {
         x.a.iter_mut().zip(numbers(len * o.writes * o.key_dim, seed + 6)).for_each(|(a, r)| *a *= 0.5 * r);
     }
     if o.erase == Erase::Tied && seed % 2 == 1 {
-        x.strength = numbers(x.v.len(), seed + 8);
+        x.strength = numbers(x.v.len(), seed + 8).iter().map(|s| s.abs()).collect();
     }
     let decays = numbers(x.log_decay.len(), seed + 7);
     x.log_decay.iter_mut().zip(decays).enumerate().for_each(|(at, (g, r))| {
@@ -197,6 +197,116 @@ fn a_slow_decay_is_not_rounded_away() {
         for chunk_len in [1, 16, 64] {
             let got = f64::from(run(Isa::current(), &o, &x, &[0.0], chunk_len).0[n - 1]);
             assert!((got - want).abs() < 2e-5 * want, "{decay:?} chunk {chunk_len}: {got} {want}");
+        }
+    }
+}
+
+/// The weighted sum of outputs and final state that gradients are taken of, in f64.
+fn loss(o: &Options, x: &Chunk, initial: &[f64], by_out: &[f64], by_state: &[f64]) -> f64 {
+    let got = recurrence(o, x, initial);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    dot(&got.out, by_out) + dot(&got.state, by_state)
+}
+
+/// Gradients of a whole sequence, chunk by chunk backwards; and that of the initial state.
+fn gradients(
+    o: &Options,
+    x: &Chunk,
+    initial: &[f32],
+    by_out: &[f64],
+    by_state: &[f64],
+    len: usize,
+) -> (Chunk, Vec<f32>) {
+    let mut engine = Engine::new(o, len);
+    let (mut states, mut state) = (Vec::new(), initial.to_vec());
+    let pieces: Vec<_> = (0..x.len).step_by(len).map(|first| first..(first + len).min(x.len)).collect();
+    for piece in &pieces {
+        states.push(state.clone());
+        engine.run(Isa::current(), &x.slice(o, piece.clone()), &mut state);
+    }
+    let mut all = Chunk::default();
+    all.bonus = vec![0.0; x.bonus.len()];
+    let mut d_state: Vec<f32> = by_state.iter().map(|x| *x as f32).collect();
+    for (piece, state) in pieces.iter().zip(&states).rev() {
+        let d_reads: Vec<f32> = by_out[piece.start * o.value_dim..piece.end * o.value_dim]
+            .iter()
+            .map(|d| o.scale * *d as f32)
+            .collect();
+        let mut grads = Chunk::default();
+        engine.backward(
+            Isa::current(),
+            &x.slice(o, piece.clone()),
+            state,
+            &d_reads,
+            &mut d_state,
+            &mut grads,
+        );
+        for (all, part) in [
+            (&mut all.q, grads.q),
+            (&mut all.k, grads.k),
+            (&mut all.v, grads.v),
+            (&mut all.log_decay, grads.log_decay),
+            (&mut all.a, grads.a),
+            (&mut all.b, grads.b),
+            (&mut all.strength, grads.strength),
+        ] {
+            *all = [part, std::mem::take(all)].concat();
+        }
+        all.bonus.iter_mut().zip(&grads.bonus).for_each(|(all, d)| *all += d);
+    }
+    (all, d_state)
+}
+
+#[test]
+fn gradients_are_those_of_the_definition() {
+    for o in all_options() {
+        for (seed, strength) in [(0, Strength::Slow), (1, Strength::Mixed), (3, Strength::Strong)] {
+            let o = Options { key_dim: 3, value_dim: 4, ..o };
+            let x = sequence(&o, 7, strength, seed);
+            let initial = numbers(o.state_len(), 21);
+            let (by_out, by_state) = (widen(&numbers(7 * 4, 22)), widen(&numbers(o.state_len(), 23)));
+            for chunk_len in [1, 3, 16] {
+                let (got, d_initial) = gradients(&o, &x, &initial, &by_out, &by_state, chunk_len);
+                let value = |x: &Chunk, initial: &[f64]| loss(&o, x, initial, &by_out, &by_state);
+                let field: [fn(&mut Chunk) -> &mut Vec<f32>; 8] = [
+                    |x| &mut x.q,
+                    |x| &mut x.k,
+                    |x| &mut x.v,
+                    |x| &mut x.log_decay,
+                    |x| &mut x.a,
+                    |x| &mut x.b,
+                    |x| &mut x.strength,
+                    |x| &mut x.bonus,
+                ];
+                for (f, field) in field.into_iter().enumerate() {
+                    let (mut got, mut moved) = (got.clone(), x.clone());
+                    let want: Vec<f64> = (0..field(&mut moved).len())
+                        .map(|at| {
+                            let here = field(&mut moved)[at];
+                            // Exact in f32, so that both sides move by the same.
+                            let mut side = |step: f32| {
+                                field(&mut moved)[at] = here + step;
+                                let there = f64::from(field(&mut moved)[at]);
+                                let value = value(&moved, &widen(&initial));
+                                field(&mut moved)[at] = here;
+                                (value, there)
+                            };
+                            let ((up, right), (down, left)) = (side(1.0 / 256.0), side(-1.0 / 256.0));
+                            if here.is_finite() { (up - down) / (right - left) } else { 0.0 }
+                        })
+                        .collect();
+                    let what = format!("field {f}, {o:?} {strength:?} chunk {chunk_len}");
+                    assert_close(&what, field(&mut got), &want, Tol::ScaledMax(1e-4));
+                }
+                let want: Vec<f64> = (0..initial.len())
+                    .map(|at| {
+                        let mut moved = widen(&initial);
+                        moved[at] += 1.0;
+                        value(&x, &moved) - value(&x, &widen(&initial))
+                    })
+                    .collect();
+                assert_close(&format!("state, {o:?} {strength:?}"), &d_initial, &want, Tol::ScaledMax(1e-5));
+            }
         }
     }
 }

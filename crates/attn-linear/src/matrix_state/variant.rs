@@ -83,6 +83,32 @@ impl<'a> Tokens<'a> {
     }
 }
 
+/// Gradients of some tokens' inputs, all zero at first.
+#[derive(Debug)]
+pub struct Pull<'a> {
+    /// `[len, head_dim]`.
+    pub q: &'a mut [f32],
+    /// `[keys, head_dim]`.
+    pub k: &'a mut [f32],
+    /// `[keys, head_dim_v]`.
+    pub v: &'a mut [f32],
+    pub(super) extras: Vec<(&'static str, &'a mut [f32])>,
+}
+
+impl Pull<'_> {
+    /// The rows of the extra input `name`, if it is given.
+    pub fn extra(&mut self, name: &str) -> Option<&mut [f32]> {
+        self.extras.iter_mut().find(|(known, _)| *known == name).map(|(_, rows)| &mut **rows)
+    }
+
+    /// Adds `by` to the number of row `i` of the extra input `name`, if it is given.
+    pub fn add(&mut self, name: &str, i: usize, by: f32) {
+        if let Some(rows) = self.extra(name) {
+            rows[i] += by;
+        }
+    }
+}
+
 /// Copies rows into `out`.
 pub(crate) fn copy(rows: Rows<'_, f32>, out: &mut [f32]) {
     let width = rows.width();
@@ -136,6 +162,15 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
     fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
         let _ = (x, chunk);
         out.copy_from_slice(reads);
+    }
+
+    /// Whether [`StateVariant::pull`] gives the gradients of all inputs.
+    const DIFFERENTIABLE: bool = false;
+
+    /// The front end and the back end backwards: from the gradients of the chunk's rows and of the output to those of
+    /// the inputs.
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        let _ = (x, chunk, grads, d_out, to);
     }
 
     /// Whether outputs are averages of values.

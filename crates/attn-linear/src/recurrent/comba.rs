@@ -2,7 +2,10 @@
 //! its own.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE};
-use crate::matrix_state::{Chunk, Decay, Erase, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use super::pull;
+use crate::matrix_state::{
+    Chunk, Decay, Erase, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width,
+};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -96,6 +99,44 @@ impl StateVariant for Comba {
             chunk.v[i * value_dim..][..value_dim].iter_mut().for_each(|v| *v *= beta);
         }
     }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let (key_dim, value_dim) = (x.k.width(), x.v.width());
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        let given = x.extra("p");
+        for i in 0..x.len() {
+            let (beta, d) = (x.number("beta", i, self.beta), x.number("d", i, 0.0));
+            let own = i * key_dim..(i + 1) * key_dim;
+            let (da, dq) = (&grads.a[own.clone()], &grads.q[own.clone()]);
+            let (mut erased, mut corrected) = (0.0, 0.0);
+            for (c, at) in own.enumerate() {
+                let p = given.map_or(self.p_scale * chunk.k[at], |p| p.row(i)[c]);
+                erased -= p * da[c];
+                corrected -= p * dq[c];
+                let dp = -beta * da[c] - d * dq[c];
+                match to.extra("p") {
+                    Some(rows) => rows[at] = dp,
+                    None => to.k[at] += self.p_scale * dp,
+                }
+            }
+            let dv = &mut to.v[i * value_dim..][..value_dim];
+            let written: f32 = x.v.row(i).iter().zip(&*dv).map(|(v, dv)| v * dv).sum();
+            dv.iter_mut().for_each(|dv| *dv *= beta);
+            to.add("beta", i, erased + written);
+            to.add("d", i, corrected);
+        }
+        if self.qk_norm {
+            // The query was corrected after its norm: its unit vector is found again.
+            let mut q = vec![0.0; x.len() * key_dim];
+            crate::matrix_state::copy(x.q, &mut q);
+            front::normalise(&mut q, key_dim, 1e-6);
+            pull::normalised(x.q, &q, 1e-6, to.q);
+            pull::normalised(x.k, &chunk.k, 1e-6, to.k);
+        }
+    }
 }
 
 /// The gated delta rule with an erase gate a key channel and a write gate a value channel:
@@ -159,5 +200,23 @@ impl StateVariant for Gdn2 {
         front::multiply_by(x.extra("write_gate"), self.beta, &mut chunk.v);
         chunk.a.iter_mut().zip(&chunk.k).for_each(|(a, k)| *a = -k);
         front::multiply_by(x.extra("erase_gate"), self.beta, &mut chunk.a);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        if let Some(d) = to.extra("erase_gate") {
+            d.iter_mut().zip(&chunk.k).zip(&grads.a).for_each(|((d, k), da)| *d = -k * da);
+        }
+        if let Some(d) = to.extra("write_gate") {
+            d.iter_mut().zip(x.v.iter().flatten()).zip(&grads.v).for_each(|((d, v), dv)| *d = v * dv);
+        }
+        let mut erased = grads.a.clone();
+        front::multiply_by(x.extra("erase_gate"), self.beta, &mut erased);
+        to.k.iter_mut().zip(&erased).for_each(|(dk, da)| *dk -= da);
+        front::multiply_by(x.extra("write_gate"), self.beta, to.v);
+        pull::norms(x, chunk, self.qk_norm, to);
     }
 }

@@ -8,8 +8,9 @@
 //! one table; the front end below serves all three.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE, sigmoid, softplus};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Erase, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width, copy,
+    Chunk, Decay, Erase, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width, copy,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
@@ -65,6 +66,30 @@ impl DeltaRule {
     }
 }
 
+impl DeltaRule {
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        match x.extra("beta").filter(|beta| beta.width() > 1) {
+            None => {
+                let mut betas = vec![0.0; x.len()];
+                let beta = |w| x.number("beta", w, self.beta);
+                let keep = |w: usize, d| betas[w] = d;
+                pull::delta(chunk, grads, x.k.width(), x.v.iter(), beta, [&mut *to.k, &mut *to.v], keep);
+                betas.into_iter().enumerate().for_each(|(w, d)| to.add("beta", w, d));
+            }
+            Some(_) => {
+                to.k.iter_mut().zip(&grads.a).for_each(|(dk, da)| *dk -= da);
+                to.v.iter_mut().zip(&chunk.strength).for_each(|(dv, beta)| *dv *= beta);
+                if let Some(d) = to.extra("beta") {
+                    let rows = d.iter_mut().zip(&grads.strength).zip(x.v.iter().flatten()).zip(&grads.v);
+                    rows.for_each(|(((d, erased), v), dv)| *d = erased + v * dv);
+                }
+            }
+        }
+        pull::norms(x, chunk, self.qk_norm, to);
+    }
+}
+
 /// The delta rule without decay.
 ///
 /// Extra input: `beta [batch, heads, tokens]`, or `[.., head_dim_v]` for a strength a value channel.
@@ -90,6 +115,12 @@ impl StateVariant for DeltaNet {
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.0.fill(x, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.0.pull(x, chunk, grads, to);
     }
 }
 
@@ -120,6 +151,27 @@ impl Gate {
         match self {
             Self::Softplus => -a_log.exp() * softplus(raw + bias),
             Self::LowerBound => -5.0 * sigmoid(a_log.exp() * (raw + bias)),
+        }
+    }
+
+    /// [`Gate::fill`] backwards.
+    fn pull(self, x: &Tokens<'_>, grads: &Chunk, to: &mut Pull<'_>) {
+        let Some(raw) = x.extra("gate_raw") else { return pull::decays(grads, to) };
+        let (a_log, bias, width) = (x.number("a_log", 0, 0.0), x.extra("dt_bias"), raw.width());
+        for (at, dg) in grads.log_decay.iter().enumerate() {
+            let (i, c) = (at / width, at % width);
+            let biased = raw.row(i)[c] + bias.map_or(0.0, |bias| bias.row(i)[c]);
+            let (by_raw, by_log) = match self {
+                Self::Softplus => (-a_log.exp() * sigmoid(biased), -a_log.exp() * softplus(biased)),
+                Self::LowerBound => {
+                    let z = a_log.exp() * biased;
+                    let slope = -5.0 * pull::sigmoid_slope(z);
+                    (slope * a_log.exp(), slope * z)
+                }
+            };
+            to.add("gate_raw", at, dg * by_raw);
+            to.add("dt_bias", at, dg * by_raw);
+            to.add("a_log", i, dg * by_log);
         }
     }
 
@@ -174,6 +226,13 @@ impl StateVariant for GatedDeltaNet {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.rule.fill(x, chunk);
         Gate::Softplus.fill(x, self.log_decay, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.rule.pull(x, chunk, grads, to);
+        Gate::Softplus.pull(x, grads, to);
     }
 }
 
@@ -231,5 +290,12 @@ impl StateVariant for Kda {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.rule.fill(x, chunk);
         self.gate.fill(x, self.log_decay, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.rule.pull(x, chunk, grads, to);
+        self.gate.pull(x, grads, to);
     }
 }

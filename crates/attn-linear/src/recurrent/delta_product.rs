@@ -7,8 +7,9 @@
 //! Source: Siems et al. 2025 (DeltaProduct: products of Householder transformations).
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Erase, Extra, Options, Per, Plan, Sizes, StateVariant, Tokens, Width,
+    Chunk, Decay, Erase, Extra, Options, Per, Plan, Pull, Sizes, StateVariant, Tokens, Width,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
@@ -81,6 +82,34 @@ impl DeltaProduct {
     }
 }
 
+impl DeltaProduct {
+    fn pull_rule(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, to: &mut Pull<'_>) {
+        let (key_dim, value_dim) = (x.k.width(), x.v.width());
+        let shared = if x.k.len() == x.len() { self.householders } else { 1 };
+        let (mut dk, mut dv) = (grads.k.clone(), grads.v.clone());
+        let mut betas = vec![0.0; x.k.len()];
+        let values = (0..x.len() * self.householders).map(|w| x.v.row(w / shared));
+        let beta = |w: usize| x.number("beta", w / shared, self.beta);
+        let keep = |w: usize, d| betas[w / shared] += d;
+        pull::delta(chunk, grads, key_dim, values, beta, [&mut dk, &mut dv], keep);
+        betas.into_iter().enumerate().for_each(|(w, d)| to.add("beta", w, d));
+        to.q.copy_from_slice(&grads.q);
+        if self.qk_norm {
+            pull::normalised(x.q, &chunk.q, 1e-6, to.q);
+        }
+        for (w, d) in dk.chunks_exact_mut(key_dim).enumerate() {
+            if self.qk_norm {
+                let own = x.k.slice(w / shared..w / shared + 1);
+                pull::normalised(own, &chunk.k[w * key_dim..][..key_dim], 1e-6, d);
+            }
+            to.k[w / shared * key_dim..].iter_mut().zip(d).for_each(|(out, d)| *out += *d);
+        }
+        for (w, d) in dv.chunks_exact(value_dim).enumerate() {
+            to.v[w / shared * value_dim..].iter_mut().zip(d).for_each(|(out, d)| *out += d);
+        }
+    }
+}
+
 impl StateVariant for DeltaProduct {
     const NAME: &'static str = "deltaproduct";
     const EXTRAS: &'static [Extra] = &[EXTRA_BETA];
@@ -97,6 +126,12 @@ impl StateVariant for DeltaProduct {
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.fill_rule(x, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.pull_rule(x, chunk, grads, to);
     }
 }
 
@@ -133,6 +168,15 @@ impl StateVariant for GatedDeltaProduct {
         for (i, token) in chunk.log_decay.chunks_exact_mut(self.product.householders).enumerate() {
             token.fill(0.0);
             token[0] = x.number("log_decay", i, self.log_decay);
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.product.pull_rule(x, chunk, grads, to);
+        for (i, d) in grads.log_decay.iter().step_by(self.product.householders).enumerate() {
+            to.add("log_decay", i, *d);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Diagonal or identity plus low rank: the state's transition is a gate plus any rank-one matrix.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Erase, EraseAt, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width, copy,
+    Chunk, Decay, Erase, EraseAt, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width, copy,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
@@ -68,6 +69,21 @@ impl Iplr {
     }
 }
 
+impl Iplr {
+    fn pull_rule(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        match to.extra("a") {
+            Some(d) => d.copy_from_slice(&grads.a),
+            None => to.k.iter_mut().zip(&grads.a).for_each(|(dk, da)| *dk -= da),
+        }
+        match to.extra("b") {
+            Some(d) => d.copy_from_slice(&grads.b),
+            None => to.k.iter_mut().zip(&grads.b).for_each(|(dk, db)| *dk += self.beta * db),
+        }
+        pull::norms(x, chunk, self.qk_norm, to);
+    }
+}
+
 const OPTIONS: &[OptionSpec] = &[CAUSAL, SCALE, QK_NORM, BETA, FINE_CHUNK];
 
 impl StateVariant for Iplr {
@@ -86,6 +102,12 @@ impl StateVariant for Iplr {
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.fill_rule(x, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.pull_rule(x, chunk, grads, to);
     }
 }
 
@@ -108,5 +130,12 @@ impl StateVariant for Dplr {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         self.iplr.fill_rule(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        self.iplr.pull_rule(x, chunk, grads, to);
+        pull::decays(grads, to);
     }
 }

@@ -1,7 +1,8 @@
 //! Gated linear attention: every key channel fades at its own rate, given token by token.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, SCALE};
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use super::pull;
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -45,5 +46,12 @@ impl StateVariant for Gla {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         front::copy_qkv(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
     }
 }

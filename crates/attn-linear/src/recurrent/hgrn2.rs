@@ -1,7 +1,8 @@
 //! HGRN2: the forget gate is the key.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, SCALE, log_sigmoid, sigmoid};
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, copy};
+use super::pull;
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, copy};
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
 
@@ -58,5 +59,20 @@ impl StateVariant for Hgrn2 {
             *k = (1.0 - lb) * sigmoid(-raw);
             *g = if lb == 0.0 { log_sigmoid(raw) } else { (lb + (1.0 - lb) * sigmoid(raw)).ln() };
         }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        let open = 1.0 - self.lower_bound;
+        let rows = x.k.iter().flatten().zip(to.k.iter_mut()).zip(&grads.log_decay);
+        // f = lb + (1 - lb) sigmoid: dk = -f', dg = f' / f, where 1/f times a vanishing f' is 1 - sigmoid without a bound.
+        rows.for_each(|((raw, d), dg)| {
+            let gate = self.lower_bound + open * sigmoid(*raw);
+            let by_gate =
+                if self.lower_bound == 0.0 { sigmoid(-raw) } else { open * pull::sigmoid_slope(*raw) / gate };
+            *d = dg * by_gate - *d * open * pull::sigmoid_slope(*raw);
+        });
     }
 }

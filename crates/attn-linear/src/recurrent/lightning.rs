@@ -1,8 +1,9 @@
 //! Lightning attention: heads that fade at constant rates, geometric over the heads.
 
 use super::front::{self, CAUSAL, CHUNK, UNIT_SCALE};
+use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result};
 
@@ -66,5 +67,12 @@ impl StateVariant for Lightning {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         front::copy_qkv(x, chunk);
         chunk.log_decay.fill(-x.number("slope", 0, self.slope(x.head, x.heads)));
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        grads.log_decay.iter().enumerate().for_each(|(i, g)| to.add("slope", i, -g));
     }
 }

@@ -1,8 +1,9 @@
 //! Mamba-2: a state-space layer as linear attention with a decay a token.
 
 use super::front::{self, CAUSAL, CHUNK, UNIT_SCALE, softplus};
+use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
 
@@ -92,6 +93,28 @@ impl StateVariant for Mamba2 {
             for (i, out) in out.chunks_exact_mut(x.v.width()).enumerate() {
                 out.iter_mut().zip(x.v.row(i)).for_each(|(o, v)| *o += d.row(i)[0] * v);
             }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, _: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        let width = x.v.width();
+        for i in 0..x.len() {
+            let (dt, a, d) = (self.step(x, i), x.number("a", i, self.a), x.number("d", i, 0.0));
+            let (v, d_out) = (x.v.row(i), &d_out[i * width..][..width]);
+            let (dv, dg) = (&mut to.v[i * width..][..width], grads.log_decay[i]);
+            let written: f32 = v.iter().zip(&*dv).map(|(v, dv)| v * dv).sum();
+            let skipped: f32 = v.iter().zip(d_out).map(|(v, d)| v * d).sum();
+            dv.iter_mut().zip(d_out).for_each(|(dv, d_out)| *dv = dt * *dv + d * d_out);
+            let raw = x.number("dt", i, 0.0) + x.number("dt_bias", i, 0.0);
+            let slope = if self.softplus { front::sigmoid(raw) } else { 1.0 };
+            let d_dt = slope * (a * dg + written);
+            to.add("dt", i, d_dt);
+            to.add("dt_bias", i, d_dt);
+            to.add("a", i, dt * dg);
+            to.add("d", i, skipped);
         }
     }
 }

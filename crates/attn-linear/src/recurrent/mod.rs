@@ -15,6 +15,7 @@ mod mamba2;
 mod mamba3;
 mod mlstm;
 mod precond;
+mod pull;
 mod rodimus;
 mod rwkv;
 mod rwkv7;

@@ -7,8 +7,9 @@
 //! Sources: Peng et al. 2024 (Eagle and Finch: RWKV with matrix-valued states), equations 8 and 16.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, UNIT_SCALE};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Extra, Options, Plan, Read, Sizes, StateVariant, Tokens, Width, copy_or,
+    Chunk, Decay, Extra, Options, Plan, Pull, Read, Sizes, StateVariant, Tokens, Width, copy_or,
 };
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
@@ -70,6 +71,17 @@ impl StateVariant for Rwkv6 {
         let bonus = x.extra("bonus").filter(|_| !x.is_empty());
         copy_or(bonus.map(|rows: Rows<'_, f32>| rows.slice(0..1)), self.bonus, &mut chunk.bonus);
     }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        // One row for all tokens: the first one's gradient is that of the chunk.
+        if let Some(d) = to.extra("bonus") {
+            d[..grads.bonus.len()].copy_from_slice(&grads.bonus);
+        }
+    }
 }
 
 /// RWKV-5: a channel's decay is the same for all tokens, `log_decay [heads, head_dim]`.
@@ -94,5 +106,11 @@ impl StateVariant for Rwkv5 {
 
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
         self.0.fill(x, carry, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        self.0.pull(x, chunk, grads, d_out, to);
     }
 }

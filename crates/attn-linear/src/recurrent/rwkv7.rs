@@ -1,11 +1,13 @@
 //! RWKV-7: what is taken out of the state and what is written go along different directions.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, UNIT_SCALE};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Erase, EraseAt, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width, copy_or,
+    Chunk, Decay, Erase, EraseAt, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width, copy_or,
 };
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
+use attn_core::view::Rows;
 
 /// With `kk = k o k_k` divided by its length and the in-context rate `alpha`:
 ///
@@ -79,6 +81,35 @@ impl StateVariant for Rwkv7 {
             for (c, ((k, a), b)) in k.iter_mut().zip(&*a).zip(b).enumerate() {
                 *k *= 1.0 + (*b - 1.0) * k_a.map_or(1.0, |rows| rows.row(i)[c]);
                 *b *= -a;
+            }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let width = x.k.width();
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        let (alphas, k_k, k_a) = (x.extra("alpha"), x.extra("k_k"), x.extra("k_a"));
+        for i in 0..x.len() {
+            let own = i * width..(i + 1) * width;
+            let (k, minus_kk) = (x.k.row(i), &chunk.a[own.clone()]);
+            let (da, db, dk) = (&grads.a[own.clone()], &grads.b[own.clone()], &grads.k[own.clone()]);
+            let by =
+                |rows: Option<Rows<'_, f32>>, c: usize, default| rows.map_or(default, |rows| rows.row(i)[c]);
+            // a = -kk, b = kk o alpha.
+            let d_kk: Vec<f32> = (0..width).map(|c| by(alphas, c, self.alpha) * db[c] - da[c]).collect();
+            let along: f32 = minus_kk.iter().zip(&d_kk).map(|(a, d)| -a * d).sum();
+            let turned = (0..width).map(|c| (k[c] * by(k_k, c, 1.0)).powi(2)).sum::<f32>();
+            let length = turned.sqrt().max(1e-12);
+            for (c, at) in own.enumerate() {
+                let (alpha, k_k, k_a) = (by(alphas, c, self.alpha), by(k_k, c, 1.0), by(k_a, c, 1.0));
+                let dz = (d_kk[c] + minus_kk[c] * along) / length;
+                to.k[at] = dk[c] * (1.0 + (alpha - 1.0) * k_a) + k_k * dz;
+                to.add("k_k", at, k[c] * dz);
+                to.add("k_a", at, k[c] * (alpha - 1.0) * dk[c]);
+                to.add("alpha", at, k[c] * k_a * dk[c] - minus_kk[c] * db[c]);
             }
         }
     }

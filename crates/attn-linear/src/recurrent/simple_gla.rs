@@ -1,8 +1,9 @@
 //! Simple gated linear attention: the whole state fades at a rate given token by token.
 
 use super::front::{self, CAUSAL, CHUNK, LOG_DECAY, SCALE};
+use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens};
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -46,5 +47,12 @@ impl StateVariant for SimpleGla {
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
         front::copy_qkv(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
     }
 }
