@@ -7,11 +7,14 @@
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
 //!   AFT-simple.
 //! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
+//! - [`channel`]: cross-covariance attention.
+//! - [`segments`]: memories written once a segment: TTT-linear, the memory of Infini-attention.
 //! - [`low_rank`]: softmax attention through few summaries: Linformer, Nystromformer, agent attention.
 //! - [`feature_map`]: what queries and keys become first.
 //!
 //! Time is linear in the length; what is remembered of the past has a fixed size.
 
+pub mod channel;
 pub mod elementwise;
 pub mod engine;
 pub mod feature_map;
@@ -26,6 +29,7 @@ pub mod recurrent;
 mod registry;
 mod retnet;
 pub mod scan;
+pub mod segments;
 mod variant;
 
 pub use elementwise::{

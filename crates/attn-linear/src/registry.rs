@@ -10,6 +10,8 @@ pub fn registry() -> Vec<Entry> {
         crate::elementwise::entries(),
         crate::features::entries(),
         crate::low_rank::entries(),
+        crate::segments::entries(),
+        crate::channel::entries(),
     ]
     .concat()
 }

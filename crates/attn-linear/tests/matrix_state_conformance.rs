@@ -51,4 +51,8 @@ promises! {
     precond_kda_keeps_its_promises "precond-kda"
     fwp_dpfp_keeps_its_promises "fwp-dpfp"
     mamba3_keeps_its_promises "mamba3"
+    gated_oja_keeps_its_promises "gated-oja"
+    momentum_delta_keeps_its_promises "momentum-delta"
+    titans_linear_keeps_its_promises "titans-linear"
+    mesanet_keeps_its_promises "mesanet"
 }

@@ -221,3 +221,19 @@ fn mamba3_equals_its_recurrence() {
     let names = [("A", "a"), ("D", "d"), ("kprev", "k_before"), ("vprev", "v_before")];
     check("mamba3", 3, &names, plain);
 }
+
+#[test]
+fn ojas_rule_equals_its_recurrence() {
+    check("gated-oja", 3, &[("gv", "log_decay")], |_| Options::new().with("v_norm", false));
+}
+
+#[test]
+fn momentum_equals_flash_linear_attention() {
+    check("momentum-delta", 3, &[("g_mu", "log_mu")], raw_keys);
+    check("titans-linear", 3, &[("g_mu", "log_mu")], raw_keys);
+}
+
+#[test]
+fn mesanet_equals_flash_linear_attention() {
+    check("mesanet", 3, &[("lamb", "lambda")], raw_keys);
+}

@@ -29,6 +29,7 @@ mod inputs;
 mod memory;
 pub mod naive;
 mod options;
+mod recurrence;
 mod run;
 mod scores;
 mod step;
@@ -43,6 +44,7 @@ pub use gradients::Gradients;
 pub use inputs::{Extra, Inputs, Per, Sizes, Width};
 pub use memory::{Memory, Part};
 pub use options::{Decay, Erase, EraseAt, Options, Read};
+pub use recurrence::Recurrence;
 pub use variant::{Plan, Pull, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 

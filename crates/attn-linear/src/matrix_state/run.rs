@@ -193,8 +193,13 @@ impl<E: Element> Head<'_, E> {
                     Some(first) => variant.refill(&x, first, &w.reads, chunk),
                 }
                 let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
-                let reads = w.engines[stage].run(isa, chunk, matrix);
                 matrices = rest;
+                if let Some(recurrence) = variant.recurrence() {
+                    recurrence.run(isa, options, chunk, matrix, &mut w.reads);
+                    w.reads.iter_mut().for_each(|read| *read *= options.scale);
+                    continue;
+                }
+                let reads = w.engines[stage].run(isa, chunk, matrix);
                 w.reads.clear();
                 w.reads.extend(reads.iter().map(|read| options.scale * read));
             }
@@ -284,7 +289,15 @@ pub(super) fn definition<V: StateVariant>(
             let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
             let initial: Vec<f64> = matrix.iter().map(|s| f64::from(*s)).collect();
             matrices = rest;
-            reads = naive::recurrence(options, &chunk, &initial).out.iter().map(|x| *x as f32).collect();
+            let wide = match variant.recurrence() {
+                None => naive::recurrence(options, &chunk, &initial).out,
+                Some(recurrence) => {
+                    let (mut state, mut reads) = (initial, Vec::new());
+                    recurrence.run(Isa::Portable, options, &chunk, &mut state, &mut reads);
+                    reads.iter().map(|read| f64::from(options.scale) * read).collect()
+                }
+            };
+            reads = wide.iter().map(|x| *x as f32).collect();
         }
         let mut done = vec![0.0; sizes.tokens * sizes.head_dim_v];
         variant.finish(&tokens, &chunk, &reads, &mut done);

@@ -2,7 +2,7 @@
 
 use super::inputs::{Extra, Sizes};
 use super::memory::Part;
-use super::{Chunk, Options};
+use super::{Chunk, Options, Recurrence};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
 use attn_core::view::Rows;
@@ -162,6 +162,11 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
     fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
         let _ = (x, chunk);
         out.copy_from_slice(reads);
+    }
+
+    /// What takes the place of the engine's recurrence in a plan of one stage, where the engine has no option for it.
+    fn recurrence(&self) -> Option<Recurrence> {
+        None
     }
 
     /// Whether [`StateVariant::pull`] gives the gradients of all inputs.

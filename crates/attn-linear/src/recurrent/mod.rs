@@ -16,6 +16,7 @@ mod mamba3;
 mod mlstm;
 mod precond;
 mod pull;
+mod regression;
 mod rodimus;
 mod rwkv;
 mod rwkv7;
@@ -36,6 +37,7 @@ pub use mamba2::Mamba2;
 pub use mamba3::Mamba3;
 pub use mlstm::MLstm;
 pub use precond::{PrecondGdn, PrecondKda};
+pub use regression::{GatedOja, MesaNet, MomentumDelta, TitansLinear};
 pub use rodimus::Rodimus;
 pub use rwkv::{Rwkv5, Rwkv6};
 pub use rwkv7::Rwkv7;
@@ -89,5 +91,9 @@ pub(crate) fn entries() -> Vec<Entry> {
         entry::<PrecondKda>(),
         entry::<FwpDpfp>(),
         entry::<Mamba3>(),
+        entry::<GatedOja>(),
+        entry::<MomentumDelta>(),
+        entry::<TitansLinear>(),
+        entry::<MesaNet>(),
     ]
 }
