@@ -84,7 +84,7 @@ impl CacheShape {
         let axes =
             [("n_heads_kv", self.n_heads_kv), ("head_dim", self.head_dim), ("head_dim_v", self.head_dim_v)];
         match axes.iter().find(|(_, n)| *n == 0) {
-            Some((axis, n)) => Err(AttnError::shape("cache", *axis, *n, "at least 1")),
+            Some((axis, n)) => Err(AttnError::shape("cache", axis, *n, "at least 1")),
             None => Ok(()),
         }
     }

@@ -86,9 +86,11 @@ mod tests {
 
     #[test]
     fn chunks_hold_every_key_once_in_order() {
+        let span = |range: Range<usize>| vec![range];
+        let (one, long) = (span(0..1), span(0..300));
         let cases: [&[Range<usize>]; 6] = [
-            &[0..1],
-            &[0..300],
+            &one,
+            &long,
             &[3..4, 7..9, 20..90, 100..131, 140..141],
             &[0..31, 40..71, 80..111, 120..151],
             &[5..6, 8..200, 300..301],
