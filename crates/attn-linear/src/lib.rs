@@ -4,6 +4,8 @@
 //! - [`RetNet`]: a state that fades at a constant rate a head.
 //! - [`Variant`], [`LinearAttention`]: what a variant decides, and what it becomes with that.
 //! - [`engine`]: the matrix-state recurrence they are options of: chunked, recurrent, and by definition.
+//! - [`recurrent`]: gated and delta-rule variants, from GLA, Mamba-2 and RWKV to KDA and MesaNet, on the [`matrix_state`]
+//!   engine: [`matrix_state::StateVariant`] says what one decides, [`matrix_state::StateAttention`] runs it.
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
 //!   AFT-simple.
 //! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
