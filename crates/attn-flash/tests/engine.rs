@@ -241,7 +241,7 @@ fn scores_as_large_as_numbers_get_keep_their_differences() {
             let bias = vec![fill; n_kv];
             let bias = Bias::new(&bias, &[n_kv], &problem.shape).unwrap();
             check(&format!("bias {fill:e}"), &problem, &SeeAll, &bias);
-            let half = ScoreFn(move |s, p: Pair| if p.j % 2 == 0 { s + fill } else { fill });
+            let half = ScoreFn(move |s, p: Pair| if p.j.is_multiple_of(2) { s + fill } else { fill });
             check(&format!("half {fill:e}"), &problem, &SeeAll, &half);
         }
     }

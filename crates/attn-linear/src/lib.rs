@@ -24,8 +24,8 @@ pub mod features;
 mod kernelised;
 mod linear;
 mod linear_elu;
-pub mod matrix_state;
 pub mod low_rank;
+pub mod matrix_state;
 mod named;
 pub mod recurrent;
 mod registry;
@@ -35,7 +35,8 @@ pub mod segments;
 mod variant;
 
 pub use elementwise::{
-    aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru, rwkv4::Rwkv4,
+    aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru,
+    rwkv4::Rwkv4,
 };
 pub use features::FeatureAttention;
 pub use linear::Linear;

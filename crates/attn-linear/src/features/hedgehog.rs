@@ -106,6 +106,7 @@ impl Layer {
     }
 
     #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
     pub(super) fn back<S: Simd>(
         &self,
         simd: S,

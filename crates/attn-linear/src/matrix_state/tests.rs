@@ -224,8 +224,7 @@ fn gradients(
         states.push(state.clone());
         engine.run(Isa::current(), &x.slice(o, piece.clone()), &mut state);
     }
-    let mut all = Chunk::default();
-    all.bonus = vec![0.0; x.bonus.len()];
+    let mut all = Chunk { bonus: vec![0.0; x.bonus.len()], ..Chunk::default() };
     let mut d_state: Vec<f32> = by_state.iter().map(|x| *x as f32).collect();
     for (piece, state) in pieces.iter().zip(&states).rev() {
         let d_reads: Vec<f32> = by_out[piece.start * o.value_dim..piece.end * o.value_dim]

@@ -111,7 +111,7 @@ impl InfiniCell {
     }
 
     fn ends(&self, piece: Piece<'_>) -> bool {
-        (piece.first + piece.len) % self.options.segment == 0
+        (piece.first + piece.len).is_multiple_of(self.options.segment)
     }
 
     /// `[w_j, 1]`, `read` being `phi(k) [S, z]`.

@@ -135,9 +135,8 @@ impl Attempt<'_> {
             (false, true) => self.configured(parts.flash.call().mask(mask), written),
             _ => self.configured(parts.flash.call().mask(mask).score_mod(score_mod), written),
         }
-        .map_err(|error| {
-            assert!(!error.to_string().is_empty(), "an error that says nothing, in {call:?}");
-            error
+        .inspect_err(|error| {
+            assert!(!error.to_string().is_empty(), "an error that says nothing, in {call:?}")
         })
     }
 
