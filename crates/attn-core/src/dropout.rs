@@ -12,7 +12,7 @@
 //! Source: Srivastava et al. 2014 (dropout); Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011
 //! (Philox).
 
-use crate::mask::{Head, Pair, broadcast_strides};
+use crate::mask::{Head, Pair, broadcast_strides, check_fits};
 use crate::{AttnError, AttnShape, Result};
 use std::ops::Range;
 
@@ -66,6 +66,17 @@ impl<'a> Dropout<'a> {
         let scale = scale(p)?;
         let strides = broadcast_strides("keep", keep.len(), keep_shape, shape)?;
         Ok(Self { probability: p, scale, kept: Kept::Given { keep, strides } })
+    }
+
+    /// Checks that a given keep mask serves a problem of this shape.
+    ///
+    /// # Errors
+    /// [`AttnError::Value`] if it was made for another one.
+    pub fn check(&self, shape: &AttnShape) -> Result<()> {
+        match &self.kept {
+            Kept::Random { .. } => Ok(()),
+            Kept::Given { keep, strides } => check_fits("keep", keep.len(), strides, shape),
+        }
     }
 
     /// The probability with which a weight is dropped.

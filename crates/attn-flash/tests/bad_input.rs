@@ -347,3 +347,36 @@ fn streams_refuse_what_they_cannot_append() {
     assert_says("append", &error, &["k: n_kv is 5", "3"]);
     assert!(stream.is_empty(), "a refused piece is not counted");
 }
+
+#[test]
+fn what_was_made_for_another_shape_is_refused() {
+    let smaller = AttnShape { batch: 3, n_heads_q: 2, n_heads_kv: 2, n_q: 2, n_kv: 4, ..SHAPE };
+    let (seen, ids, numbers) = (vec![true; 48], vec![1; 12], vec![0.5; 48]);
+    let axes = [3, 2, 2, 4];
+    let tensors = Tensors::new();
+    let call = || Flash::full().call();
+    let refused = |what: &str, run: &dyn Fn(Qkv<'_>, OutMut<'_>) -> Result<()>| {
+        let mut out = vec![UNTOUCHED; SHAPE.out().iter().product()];
+        let error = run(tensors.qkv(), ViewMut::contiguous("out", &mut out, SHAPE.out()).unwrap().into());
+        let error = error.expect_err(what).to_string();
+        assert!(error.contains(what), "{what}: {error}");
+        assert!(out.iter().all(|x| *x == UNTOUCHED), "{what}");
+    };
+    let dense = DenseMask::new(&seen, &axes, &smaller).unwrap();
+    refused("mask", &|x, out| call().mask(dense).forward(x, out, None));
+    let documents = Documents::new(&ids[..2], &ids[..4], &smaller).unwrap();
+    refused("documents_q", &|x, out| call().mask(&documents).forward(x, out, None));
+    let bias = Bias::new(&numbers, &axes, &smaller).unwrap();
+    refused("bias", &|x, out| call().score_mod(bias).forward(x, out, None));
+    let alibi = Alibi::new(vec![0.5; 2], &smaller, 0).unwrap();
+    refused("alibi_slopes", &|x, out| call().score_mod(&alibi).forward(x, out, None));
+    let table = RelativeBias::new(&numbers[..6], 1, &smaller, 0).unwrap();
+    refused("table", &|x, out| call().score_mod(table).forward(x, out, None));
+    let buckets = T5Buckets::new(4, 8, true).unwrap();
+    let t5 = T5Bias::new(&numbers[..8], buckets, &smaller, 0).unwrap();
+    refused("table", &|x, out| call().score_mod(&t5).forward(x, out, None));
+    let keep = Dropout::keep_mask(0.5, &seen, &axes, &smaller).unwrap();
+    refused("keep", &|x, out| call().dropout(keep).forward(x, out, None));
+    let lens = KeyLengths::new(vec![3, 4, 2], &AttnShape { batch: 3, ..SHAPE }).unwrap();
+    assert!(call().mask(&lens).definition(&tensors.qkv()).is_ok(), "more entries than needed do no harm");
+}

@@ -126,6 +126,9 @@ impl Exact<'_> {
     /// Checks everything against the problem and gives the scale.
     fn check(&self, x: &Qkv<'_>) -> Result<f64> {
         let s = x.shape();
+        self.mask.check(&s)?;
+        self.score_mod.check(&s)?;
+        self.dropout.map_or(Ok(()), |dropout| dropout.check(&s))?;
         let scale = self.softmax_scale.unwrap_or(1.0 / (s.head_dim as f64).sqrt());
         if !scale.is_finite() {
             return Err(AttnError::value("softmax_scale", scale, "a finite number"));

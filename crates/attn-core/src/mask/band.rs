@@ -156,6 +156,10 @@ impl BandPerBatch {
 }
 
 impl Mask for BandPerBatch {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.offsets.check("offsets", shape)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         self.band(p.batch).sees(p)

@@ -1,6 +1,7 @@
 //! Masks made of masks.
 
 use super::{Cover, Head, Mask, Pair, joined};
+use crate::{AttnShape, Result};
 use std::ops::Range;
 
 /// Seen by both.
@@ -8,6 +9,11 @@ use std::ops::Range;
 pub struct And<A, B>(pub A, pub B);
 
 impl<A: Mask, B: Mask> Mask for And<A, B> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.0.check(shape)?;
+        self.1.check(shape)
+    }
+
     #[inline(always)]
     fn sees(&self, pair: Pair) -> bool {
         self.0.sees(pair) && self.1.sees(pair)
@@ -47,6 +53,11 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
 pub struct Or<A, B>(pub A, pub B);
 
 impl<A: Mask, B: Mask> Mask for Or<A, B> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.0.check(shape)?;
+        self.1.check(shape)
+    }
+
     #[inline(always)]
     fn sees(&self, pair: Pair) -> bool {
         self.0.sees(pair) || self.1.sees(pair)

@@ -1,6 +1,6 @@
 //! Masks given pair by pair.
 
-use super::broadcast::broadcast_strides;
+use super::broadcast::{broadcast_strides, check_fits};
 use super::{Cover, Head, Mask, Pair};
 use crate::{AttnShape, Result};
 use std::ops::Range;
@@ -24,6 +24,10 @@ impl<'a> DenseMask<'a> {
 }
 
 impl Mask for DenseMask<'_> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        check_fits("mask", self.seen.len(), &self.strides, shape)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         let s = &self.strides;

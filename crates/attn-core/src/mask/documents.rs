@@ -39,6 +39,11 @@ impl Documents {
 }
 
 impl Mask for Documents {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.q.check("documents_q", "n_q", shape.n_q, shape.batch)?;
+        self.kv.check("documents_kv", "n_kv", shape.n_kv, shape.batch)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         self.q.at(p.batch, p.i) == self.kv.at(p.batch, p.j)
@@ -86,6 +91,11 @@ impl Spans {
 }
 
 impl Mask for Spans {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.q.check("spans_q", "n_q", shape.n_q, shape.batch)?;
+        self.kv.check("spans_kv", "n_kv", shape.n_kv, shape.batch)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         let id = self.q.at(p.batch, p.i);

@@ -61,6 +61,10 @@ impl KeyLengths {
 }
 
 impl Mask for KeyLengths {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.0.check("key_lengths", shape)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         p.j < self.0.of(p.batch)

@@ -30,13 +30,14 @@ mod segments;
 mod tests;
 
 pub use band::{Align, Band, BandPerBatch};
-pub(crate) use broadcast::broadcast_strides;
+pub(crate) use broadcast::{broadcast_strides, check_fits};
 pub use compose::{And, Or};
 pub use dense::DenseMask;
 pub use documents::{Documents, Spans};
 pub use keys::{KeyLengths, KeysBelow};
 pub use prefix_lm::PrefixLm;
 
+use crate::{AttnShape, Result};
 use std::ops::Range;
 
 /// A query row and a key row of one query head.
@@ -82,6 +83,16 @@ pub enum Cover {
 
 /// Visibility of keys to queries.
 pub trait Mask: Sync {
+    /// Checks that the mask serves a problem of this shape: engines ask before anything else. A mask without tensors
+    /// serves all.
+    ///
+    /// # Errors
+    /// [`crate::AttnError`] naming the tensor that was made for another shape.
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        let _ = shape;
+        Ok(())
+    }
+
     /// Whether the query sees the key: the definition.
     fn sees(&self, pair: Pair) -> bool;
 
@@ -121,6 +132,10 @@ pub trait Mask: Sync {
 }
 
 impl<M: Mask + ?Sized> Mask for &M {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        (**self).check(shape)
+    }
+
     #[inline(always)]
     fn sees(&self, pair: Pair) -> bool {
         (**self).sees(pair)
@@ -142,6 +157,10 @@ impl<M: Mask + ?Sized> Mask for &M {
 
 /// `None` hides nothing.
 impl<M: Mask> Mask for Option<M> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.as_ref().map_or(Ok(()), |mask| mask.check(shape))
+    }
+
     #[inline(always)]
     fn sees(&self, pair: Pair) -> bool {
         self.as_ref().is_none_or(|mask| mask.sees(pair))

@@ -1,5 +1,6 @@
 //! Numbers that may differ by batch entry.
 
+use super::broadcast::check_axis;
 use crate::{AttnError, AttnShape, Result};
 
 /// One value a batch entry, or one for all of them.
@@ -17,6 +18,11 @@ impl<T: Copy> PerBatch<T> {
             return Err(AttnError::shape(name, "batch", values.len(), format!("1 or {}", shape.batch)));
         }
         Ok(Self { values, stride })
+    }
+
+    /// Checks that there is a value for every batch entry of `shape`.
+    pub(super) fn check(&self, name: &str, shape: &AttnShape) -> Result<()> {
+        if self.stride == 0 { Ok(()) } else { check_axis(name, "batch", self.values.len(), shape.batch) }
     }
 
     #[inline(always)]

@@ -49,6 +49,10 @@ impl PrefixLm {
 }
 
 impl Mask for PrefixLm {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.prefix.check("prefix", shape)
+    }
+
     #[inline(always)]
     fn sees(&self, p: Pair) -> bool {
         p.j < self.end(p.batch, p.i)

@@ -3,6 +3,7 @@
 //! Packed documents are few long runs, so which keys a block of queries can see follows from the runs alone, in time
 //! that grows with the runs it touches and the logarithm of all.
 
+use super::broadcast::check_axis;
 use super::{Cover, joined};
 use crate::{AttnError, AttnShape, Result};
 use std::ops::Range;
@@ -50,6 +51,15 @@ impl Ids {
         let mut by_id = runs.clone();
         by_id.iter_mut().for_each(|runs| runs.sort_by_key(|run| run.id));
         Ok(Self { ids: ids.to_vec(), stride: if shared { 0 } else { n }, runs, by_id })
+    }
+
+    /// Checks that there is an id for each of `n` rows of every batch entry.
+    pub(super) fn check(&self, tensor: &str, axis: &'static str, n: usize, batch: usize) -> Result<()> {
+        if self.stride == 0 {
+            return check_axis(tensor, axis, self.ids.len(), n);
+        }
+        check_axis(tensor, axis, self.stride, n)?;
+        check_axis(tensor, "batch", self.runs.len(), batch)
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::ScoreMod;
 use super::distance::Distance;
-use crate::mask::Pair;
+use crate::mask::{Pair, check_fits};
 use crate::{AttnError, AttnShape, Result};
 
 /// Attention with linear biases: `s - slope_h * |i + offset - j|`, nearer keys first on both sides.
@@ -50,6 +50,10 @@ impl Alibi {
 }
 
 impl ScoreMod for Alibi {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        check_fits("alibi_slopes", self.slopes.len(), &[self.batch_stride, 1, 0, 0], shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         score - self.slope(at) * self.distance.of(at).abs() as f32

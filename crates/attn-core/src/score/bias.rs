@@ -1,7 +1,7 @@
 //! Additive biases, and where their gradients belong.
 
 use super::{ScoreMod, ScoreTile};
-use crate::mask::{Pair, broadcast_strides};
+use crate::mask::{Pair, broadcast_strides, check_fits};
 use crate::{AttnShape, Result};
 
 /// A score mod that adds to each score one element of a parameter tensor.
@@ -82,6 +82,10 @@ impl BiasIndex for Bias<'_> {
 }
 
 impl ScoreMod for Bias<'_> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        check_fits("bias", self.bias.len(), &self.strides, shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         score + self.at(at)

@@ -36,10 +36,21 @@ pub use t5::{T5Bias, T5Buckets};
 pub use then::Then;
 
 use crate::mask::{Head, Pair};
+use crate::{AttnShape, Result};
 use std::ops::Range;
 
 /// A function of a scaled score and of where it stands.
 pub trait ScoreMod: Sync {
+    /// Checks that the score mod serves a problem of this shape: engines ask before anything else. One without tensors
+    /// serves all.
+    ///
+    /// # Errors
+    /// [`crate::AttnError`] naming the tensor that was made for another shape.
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        let _ = shape;
+        Ok(())
+    }
+
     /// The new score, as the kernels compute it.
     fn apply(&self, score: f32, at: Pair) -> f32;
 
@@ -112,6 +123,10 @@ impl ScoreTile<'_> {
 }
 
 impl<T: ScoreMod + ?Sized> ScoreMod for &T {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        (**self).check(shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         (**self).apply(score, at)
@@ -147,6 +162,10 @@ impl<T: ScoreMod + ?Sized> ScoreMod for &T {
 
 /// `None` leaves scores alone.
 impl<C: ScoreMod> ScoreMod for Option<C> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.as_ref().map_or(Ok(()), |score_mod| score_mod.check(shape))
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         self.as_ref().map_or(score, |score_mod| score_mod.apply(score, at))

@@ -2,7 +2,7 @@
 
 use super::distance::Distance;
 use super::{BiasIndex, ScoreMod};
-use crate::mask::Pair;
+use crate::mask::{Pair, check_fits};
 use crate::{AttnError, AttnShape, Result};
 
 /// `s + table[h, clamp(j - (i + offset), -max, max) + max]`.
@@ -65,6 +65,10 @@ impl BiasIndex for RelativeBias<'_> {
 }
 
 impl ScoreMod for RelativeBias<'_> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        check_fits("table", self.table.len(), &[0, 2 * self.max as usize + 1, 0, 0], shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         score + self.at(at)

@@ -15,7 +15,7 @@
 
 use super::distance::Distance;
 use super::{BiasIndex, ScoreMod};
-use crate::mask::Pair;
+use crate::mask::{Pair, check_fits};
 use crate::{AttnError, AttnShape, Result};
 
 /// The bucket of each distance.
@@ -155,6 +155,10 @@ impl BiasIndex for T5Bias {
 }
 
 impl ScoreMod for T5Bias {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        check_fits("table", self.n_heads, &[0, 1, 0, 0], shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         score + self.at(at)

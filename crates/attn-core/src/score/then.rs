@@ -2,12 +2,18 @@
 
 use super::{ScoreMod, ScoreTile};
 use crate::mask::Pair;
+use crate::{AttnShape, Result};
 
 /// First `A`, then `B`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Then<A, B>(pub A, pub B);
 
 impl<A: ScoreMod, B: ScoreMod> ScoreMod for Then<A, B> {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        self.0.check(shape)?;
+        self.1.check(shape)
+    }
+
     #[inline(always)]
     fn apply(&self, score: f32, at: Pair) -> f32 {
         self.1.apply(self.0.apply(score, at), at)

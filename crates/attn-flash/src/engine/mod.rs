@@ -118,6 +118,23 @@ impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
     }
 }
 
+impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Spec<'_, M, C> {
+    /// Checks that mask, score mod and dropout were made for sequences like those of `problem`.
+    fn check_made_for(&self, problem: &Problem<'_>) -> Result<()> {
+        let sequences = 0..problem.n_sequences();
+        let longest = |len: &dyn Fn(usize) -> usize| sequences.clone().map(len).max().unwrap_or(0);
+        let shape = AttnShape {
+            batch: sequences.len(),
+            n_q: longest(&|s| problem.q_range(s).len()),
+            n_kv: longest(&|s| problem.kv_range(s).len()),
+            ..problem.shape()
+        };
+        self.mask.check(&shape)?;
+        self.score_mod.check(&shape)?;
+        self.dropout.map_or(Ok(()), |dropout| dropout.check(&shape))
+    }
+}
+
 /// Attends and writes `out (batch, n_heads_q, n_q, head_dim_v)`, and `lse [batch, n_heads_q, n_q]` if given.
 ///
 /// `out` has the dtype of the queries. Masks and score mods see the number of a sequence as `batch`, and rows and keys
@@ -141,6 +158,7 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         check_lse(lse, &shape)?;
     }
     spec.check(&shape)?;
+    spec.check_made_for(&problem)?;
     let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
     let isa = Isa::current();
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {

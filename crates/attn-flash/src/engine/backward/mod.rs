@@ -192,7 +192,7 @@ pub fn attend_backward_from_delta<'p, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     Ok(())
 }
 
-fn check<M: ?Sized, C: ScoreMod + ?Sized>(
+fn check<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     problem: &Problem<'_>,
     lse: &[f32],
     grads: &Grads<'_>,
@@ -200,6 +200,7 @@ fn check<M: ?Sized, C: ScoreMod + ?Sized>(
 ) -> Result<()> {
     let shape = problem.shape();
     spec.check(&shape)?;
+    spec.check_made_for(problem)?;
     check_lse(lse, &shape)?;
     grads.check(&shape, spec)?;
     if !problem.is_plain() {
