@@ -78,7 +78,7 @@ pub(crate) fn front_back<S: Simd, F: Front>(
             for (grad, by) in grads.iter_mut().zip(by_inputs) {
                 by.store_slice(&mut grad.row(t)[c..c + S::f32s::LEN]);
             }
-            dparam = dparam + by_param;
+            dparam += by_param;
         }
         dparam.store_slice(&mut dparams[c..c + S::f32s::LEN]);
     }

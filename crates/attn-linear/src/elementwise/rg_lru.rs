@@ -211,7 +211,7 @@ impl Front for RealGates {
         let by_multiplier = dx * i * x;
         let mut by_log = -dloss * decay;
         if !first {
-            by_log = by_log - by_multiplier * decay * decay / multiplier;
+            by_log -= by_multiplier * decay * decay / multiplier;
         }
         let by_r = by_log * param * -SHARPNESS;
         let by_i = dx * multiplier * x;

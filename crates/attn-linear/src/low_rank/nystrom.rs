@@ -213,7 +213,8 @@ impl LowRank for Nystrom {
             return Err(AttnError::value("landmarks", 0, "at least 1"));
         }
         if let Some(conv) = &self.conv
-            && (!conv.len().is_multiple_of(s.n_heads_q.max(1)) || (conv.len() / s.n_heads_q.max(1)) % 2 == 0)
+            && (!conv.len().is_multiple_of(s.n_heads_q.max(1))
+                || (conv.len() / s.n_heads_q.max(1)).is_multiple_of(2))
         {
             let expected = format!("an odd kernel for each of {} heads", s.n_heads_q);
             return Err(AttnError::shape("conv", "elements", conv.len(), expected));

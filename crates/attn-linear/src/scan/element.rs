@@ -90,7 +90,7 @@ pub(crate) fn scan_back<S: Simd>(
     for c in (0..dh.len()).step_by(S::f32s::LEN) {
         let mut grad = load(dh, c);
         for t in (0..given.len).rev() {
-            grad = grad + load(given.grad.row(t), c);
+            grad += load(given.grad.row(t), c);
             let before = if t == 0 { given.before } else { given.states.row(t - 1) };
             grad.store_slice(&mut dx.row(t)[c..c + S::f32s::LEN]);
             (-grad * load(before, c)).store_slice(&mut dloss.row(t)[c..c + S::f32s::LEN]);

@@ -156,7 +156,7 @@ pub(crate) fn log_sum_back<S: Simd>(
             let by_key = a.mul_add(v, b) * written;
             (own_key + by_key).store_slice(&mut dk.row(t)[range(c)]);
             written.mul_add(a, own).store_slice(&mut dv.row(t)[range(c)]);
-            by_u = by_u + own_key;
+            by_u += own_key;
             let stays = a.mul_add(past.num, b * past.den);
             by_w = exp(simd, w + p + past.max).mul_add(stays, by_w);
             let faded = p + w;

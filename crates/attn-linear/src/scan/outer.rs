@@ -144,7 +144,7 @@ impl Outer<'_> {
                     let a = self.constant(simd, n, c);
                     let by_loss = -(grad * load(simd, past, n * lanes));
                     let [by_key, by_gate, by_a] = kind.back(simd, w, s, a, by_loss);
-                    by_s = by_s + by_gate;
+                    by_s += by_gate;
                     let write = grad.mul_add(x, by_key) + load(simd, write_lanes, lane.start);
                     write.store_slice(&mut write_lanes[lane]);
                     if !da.is_empty() {

@@ -196,7 +196,7 @@ impl TttCell {
     }
 
     fn ends(&self, piece: Piece<'_>) -> bool {
-        (piece.first + piece.len) % self.options.mini_batch == 0
+        (piece.first + piece.len).is_multiple_of(self.options.mini_batch)
     }
 
     /// `scale q`, `G`, `sum (q . k + 1) G` (earlier sums included), `r`, and `q . k + 1` below the diagonal.
