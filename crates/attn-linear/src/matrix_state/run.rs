@@ -34,7 +34,7 @@ pub(super) fn prepare<V: StateVariant>(variant: &V, x: &Inputs<'_>) -> Result<(S
 
 /// Ranges of the tokens of packed sequences, from the prefix sums of their lengths; one sequence without them.
 fn sequences(cu_seqlens: Option<&[usize]>, tokens: usize) -> Result<Vec<Range<usize>>> {
-    let Some(sums) = cu_seqlens else { return Ok(vec![0..tokens]) };
+    let Some(sums) = cu_seqlens else { return Ok(std::iter::once(0..tokens).collect()) };
     let fits = sums.first() == Some(&0) && sums.last() == Some(&tokens) && sums.is_sorted();
     if fits {
         return Ok(sums.windows(2).map(|pair| pair[0]..pair[1]).collect());
