@@ -371,7 +371,7 @@ impl Cell for FeatureCell {
             }
             let at = self.place(piece, Side::Key);
             let by = (r.as_panel(), dr.as_panel());
-            self.keys.back(simd, at, (k, self.key_dim), by, again(dk), key_params, map);
+            self.keys.back(simd, at, (k, self.key_dim), by, again(dk), (key_params, map));
         }
         if self.part != Part::Absorb {
             let by = (p.as_panel(), dn.as_panel());
@@ -384,7 +384,7 @@ impl Cell for FeatureCell {
             }
             let at = self.place(piece, Side::Query);
             let (q, by) = (piece.inputs[0], (p.as_panel(), dp.as_panel()));
-            self.queries.back(simd, at, (q, self.key_dim), by, again(&mut inputs[0]), query_params, map);
+            self.queries.back(simd, at, (q, self.key_dim), by, again(&mut inputs[0]), (query_params, map));
         }
     }
 }

@@ -114,8 +114,7 @@ impl Layer {
         (x, width): (Panel<'_>, usize),
         (phi, by): (Panel<'_>, Panel<'_>),
         out: &mut PanelMut<'_>,
-        params: &mut [f32],
-        scratch: &mut [f32],
+        (params, scratch): (&mut [f32], &mut [f32]),
     ) {
         let (linear, stride, n) = (self.of(at.side), self.stride(), self.features());
         let (dy, row) = scratch.split_at_mut(at.len * stride);

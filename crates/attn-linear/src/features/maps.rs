@@ -158,13 +158,12 @@ impl Map {
         (x, width): (Panel<'_>, usize),
         (phi, by): (Panel<'_>, Panel<'_>),
         out: PanelMut<'_>,
-        params: &mut [f32],
-        scratch: &mut [f32],
+        (params, scratch): (&mut [f32], &mut [f32]),
     ) {
         // Built once per instruction set, not once per caller.
         simd.vectorize(
             #[inline(always)]
-            || self.back_here(simd, at, (x, width), (phi, by), out, params, scratch),
+            || self.back_here(simd, at, (x, width), (phi, by), out, (params, scratch)),
         );
     }
 
@@ -177,8 +176,7 @@ impl Map {
         (x, width): (Panel<'_>, usize),
         (phi, by): (Panel<'_>, Panel<'_>),
         mut out: PanelMut<'_>,
-        params: &mut [f32],
-        scratch: &mut [f32],
+        (params, scratch): (&mut [f32], &mut [f32]),
     ) {
         match self {
             Self::Relu | Self::EluPlusOne | Self::Exp => {
@@ -209,11 +207,11 @@ impl Map {
                 }
             }
             Self::Taylor(products) | Self::Quadratic(products) => {
-                products.back(at, (x, width), by, &mut out, params, scratch);
+                products.back(at, (x, width), by, &mut out, (params, scratch));
             }
             Self::Favor(random) => random.favor_back(simd, at, (x, width), (phi, by), &mut out, scratch),
             Self::Fourier(random) => random.fourier_back(simd, at, (x, width), (phi, by), &mut out, scratch),
-            Self::Hedgehog(layer) => layer.back(simd, at, (x, width), (phi, by), &mut out, params, scratch),
+            Self::Hedgehog(layer) => layer.back(simd, at, (x, width), (phi, by), &mut out, (params, scratch)),
         }
     }
 

@@ -107,8 +107,7 @@ impl Products {
         (x, width): (Panel<'_>, usize),
         by: Panel<'_>,
         out: &mut PanelMut<'_>,
-        params: &mut [f32],
-        scratch: &mut [f32],
+        (params, scratch): (&mut [f32], &mut [f32]),
     ) {
         let unit = self.unit(width);
         for t in 0..at.len {

@@ -10,10 +10,10 @@
 //! | [`Nystrom`] | means of keys | `pinv(softmax(s Ql Kr^T))` | `softmax(s Ql K^T) V` |
 //! | [`Agent`] | agent tokens | - | `softmax(s Kr K^T) V` |
 
-mod agent;
+pub mod agent;
 mod attention;
-mod linformer;
-mod nystrom;
+pub mod linformer;
+pub mod nystrom;
 mod pseudo_inverse;
 mod registry;
 mod tensor;

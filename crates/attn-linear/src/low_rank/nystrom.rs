@@ -6,7 +6,7 @@
 //!
 //! Landmarks `Ql`, `Kl` are means of `ceil(n / landmarks)` consecutive rows; zeros stand before the first row so that this
 //! divides the length, and are keys like any other (with a score of 0 and a value of 0). The pseudo-inverse is
-//! [iterative](super::pseudo_inverse). `conv` is a convolution of the values along the length, one kernel a head.
+//! iterative, in six steps. `conv` is a convolution of the values along the length, one kernel a head.
 //!
 //! Source: Xiong, Zeng, Chakraborty, Tan, Fung, Li, Singh 2021 (Nystromformer).
 

@@ -3,7 +3,7 @@
 use super::gradients::{Gradients, backward};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
-use super::run::{Workspace, definition, forward, prepare};
+use super::run::{Workspace, definition, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
 use attn_core::exact::Reference;
 use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
@@ -36,7 +36,32 @@ impl<V: StateVariant> StateAttention<V> {
     /// # Errors
     /// [`AttnError`] naming the input that does not fit; nothing has then been written.
     pub fn forward_inputs(&self, x: &Inputs<'_>, out: OutMut<'_>, memory: Option<&mut Memory>) -> Result<()> {
-        forward(&self.variant, x, out, memory)
+        forward(&self.variant, x, None, out, memory)
+    }
+
+    /// [`StateAttention::forward_inputs`] of sequences packed one behind the other: `cu_seqlens` are the prefix sums of their
+    /// lengths in tokens, from 0 to all of them. Each is a run of its own; nothing crosses a boundary. The memory has a batch
+    /// entry for each sequence of each batch entry.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_inputs`]; [`AttnError::Value`] for sums that do not rise from 0 to the tokens.
+    pub fn forward_packed(
+        &self,
+        x: &Inputs<'_>,
+        cu_seqlens: &[usize],
+        out: OutMut<'_>,
+        memory: Option<&mut Memory>,
+    ) -> Result<()> {
+        forward(&self.variant, x, Some(cu_seqlens), out, memory)
+    }
+
+    /// A memory of nothing for packed sequences.
+    ///
+    /// # Errors
+    /// As [`StateAttention::forward_packed`].
+    pub fn packed_memory(&self, x: &Inputs<'_>, cu_seqlens: &[usize]) -> Result<Memory> {
+        let (sizes, plan) = prepare(&self.variant, x)?;
+        Ok(Memory::new(&plan, &packed_sizes(&sizes, Some(cu_seqlens))?))
     }
 
     /// The gradients of a loss with respect to all inputs and the memory before the first token, given that of the
@@ -94,7 +119,7 @@ impl<V: StateVariant> StateAttention<V> {
         tensors.only(V::NAME, &known)?;
         let mut memory = Memory::of(&plan, &sizes, tensors)?;
         let mut out = output(&sizes, x.q.dtype());
-        forward(&self.variant, &x, out.as_out()?, Some(&mut memory))?;
+        forward(&self.variant, &x, None, out.as_out()?, Some(&mut memory))?;
         let mut all = memory.tensors(&sizes)?;
         all.0.insert("o".into(), out);
         Ok(all)
@@ -163,7 +188,7 @@ impl<V: StateVariant> Attention for StateAttention<V> {
     }
 
     fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        forward(&self.variant, &inputs(x)?, out, None)
+        forward(&self.variant, &inputs(x)?, None, out, None)
     }
 
     fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
@@ -252,7 +277,7 @@ struct Stream<V> {
 impl<V: StateVariant> StreamState for Stream<V> {
     fn append(&mut self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
         self.shape.check(&x)?;
-        forward(&self.variant, &inputs(x)?, out, Some(&mut self.memory))?;
+        forward(&self.variant, &inputs(x)?, None, out, Some(&mut self.memory))?;
         self.len += x.shape().n_q;
         Ok(())
     }

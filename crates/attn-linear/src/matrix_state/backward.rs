@@ -146,8 +146,7 @@ fn score_gradients<S: Simd>(
     width: usize,
     stride: usize,
     seen: &dyn Fn(usize) -> usize,
-    turned: &mut Vec<f32>,
-    out: &mut Vec<f32>,
+    [turned, out]: [&mut Vec<f32>; 2],
 ) {
     let (rows, writes) = (left.len() / width, values.len() / width);
     turned.resize(width * stride, 0.0);
@@ -185,11 +184,8 @@ impl Pairs<'_> {
         &self,
         simd: S,
         s: &mut Scratch,
-        part: &mut Vec<f32>,
-        faded: &mut Vec<f32>,
-        weights: &mut Vec<f32>,
-        dx: &mut [f32],
-        dy: &mut [f32],
+        [part, faded, weights]: [&mut Vec<f32>; 3],
+        [dx, dy]: [&mut [f32]; 2],
     ) {
         let (key_dim, stride, width) = (s.options.key_dim, s.stride, s.fading.key_width);
         let (rows, writes) = (self.x.len() / key_dim, self.y.len() / key_dim);
@@ -371,13 +367,39 @@ fn keys_decay<S: Simd>(
         let x_faded = std::mem::take(&mut x.a_faded);
         let erasers =
             Pairs { scores: &[], x: &chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: &chunk.k };
-        score_gradients(simd, d_solved, &all_written, value_dim, stride, &|w| w, turned, scores);
-        Pairs { scores, ..erasers }.run(simd, x, part, faded, weights, &mut grads.a, &mut grads.k);
+        score_gradients(
+            simd,
+            d_solved,
+            &all_written,
+            value_dim,
+            stride,
+            &|w| w,
+            [&mut *turned, &mut *scores],
+        );
+        Pairs { scores, ..erasers }.run(
+            simd,
+            x,
+            [&mut *part, &mut *faded, &mut *weights],
+            [&mut grads.a, &mut grads.k],
+        );
         if !tied {
             let erasers =
                 Pairs { scores: &[], x: &chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: &chunk.b };
-            score_gradients(simd, d_solved, &all_solved, value_dim, stride, &|w| w, turned, scores);
-            Pairs { scores, ..erasers }.run(simd, x, part, faded, weights, &mut grads.a, &mut grads.b);
+            score_gradients(
+                simd,
+                d_solved,
+                &all_solved,
+                value_dim,
+                stride,
+                &|w| w,
+                [&mut *turned, &mut *scores],
+            );
+            Pairs { scores, ..erasers }.run(
+                simd,
+                x,
+                [&mut *part, &mut *faded, &mut *weights],
+                [&mut grads.a, &mut grads.b],
+            );
             grads.v.copy_from_slice(d_written);
             multiply_turned(simd, [writes, value_dim, writes], &x.ak, stride, d_solved, &mut grads.v);
         }
@@ -393,17 +415,17 @@ fn keys_decay<S: Simd>(
         x.fading.fade(part, q_at(i), dq);
     }
     multiply_turned(simd, [key_dim, value_dim, len], &x.q_faded, key_dim, d_reads, d_state);
-    score_gradients(simd, d_reads, &all_written, value_dim, stride, &seen, turned, scores);
+    score_gradients(simd, d_reads, &all_written, value_dim, stride, &seen, [&mut *turned, &mut *scores]);
     let own_scores: Vec<f32> = (0..len * own).map(|i| std::mem::take(&mut scores[i * stride + i])).collect();
     let x_faded = std::mem::take(&mut x.q_faded);
     let readers = |i: usize| o.seen(i);
     let queries = Pairs { scores, x: &chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: &chunk.k };
-    queries.run(simd, x, part, faded, weights, &mut grads.q, &mut grads.k);
+    queries.run(simd, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.k]);
     if o.erase == Erase::Untied {
-        score_gradients(simd, d_reads, &all_solved, value_dim, stride, &seen, turned, scores);
+        score_gradients(simd, d_reads, &all_solved, value_dim, stride, &seen, [&mut *turned, &mut *scores]);
         let queries =
             Pairs { scores, x: &chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: &chunk.b };
-        queries.run(simd, x, part, faded, weights, &mut grads.q, &mut grads.b);
+        queries.run(simd, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.b]);
     }
     x.q_faded = x_faded;
 
@@ -475,7 +497,15 @@ fn values_decay<S: Simd>(
     multiply_turned(simd, [key_dim, value_dim, len], &chunk.q, key_dim, faded, d_state);
     let near = (0..len).take_while(|i| at(*i).is_none_or(|at| at < x.fading.near)).count();
     weigh(&chunk.v, value_dim, &x.fading.up, value_dim, &mut x.weighed);
-    score_gradients(simd, faded, &x.weighed[..chunk.v.len()], value_dim, stride, &seen, turned, scores);
+    score_gradients(
+        simd,
+        faded,
+        &x.weighed[..chunk.v.len()],
+        value_dim,
+        stride,
+        &seen,
+        [&mut *turned, &mut *scores],
+    );
     part.resize(writes * value_dim, 0.0);
     part.fill(0.0);
     multiply_turned(simd, [writes, value_dim, near], &x.qk, stride, faded, part);

@@ -75,7 +75,7 @@ pub struct Sizes {
     pub head_dim: usize,
     /// Width of values.
     pub head_dim_v: usize,
-    widths: Vec<(&'static str, usize)>,
+    pub(super) widths: Vec<(&'static str, usize)>,
 }
 
 impl Sizes {

@@ -32,14 +32,33 @@ pub(super) fn prepare<V: StateVariant>(variant: &V, x: &Inputs<'_>) -> Result<(S
     Ok((sizes, plan))
 }
 
-/// Runs `x`; `memory` is that before the first token, and afterwards that after the last.
+/// Ranges of the tokens of packed sequences, from the prefix sums of their lengths; one sequence without them.
+fn sequences(cu_seqlens: Option<&[usize]>, tokens: usize) -> Result<Vec<Range<usize>>> {
+    let Some(sums) = cu_seqlens else { return Ok(std::iter::once(0..tokens).collect()) };
+    let fits = sums.first() == Some(&0) && sums.last() == Some(&tokens) && sums.is_sorted();
+    if fits {
+        return Ok(sums.windows(2).map(|pair| pair[0]..pair[1]).collect());
+    }
+    Err(AttnError::value("cu_seqlens", format!("{sums:?}"), format!("rising from 0 to the {tokens} tokens")))
+}
+
+/// Sizes of the memory of packed sequences: each is a batch entry of its own.
+pub(super) fn packed_sizes(sizes: &Sizes, cu_seqlens: Option<&[usize]>) -> Result<Sizes> {
+    let sequences = sequences(cu_seqlens, sizes.tokens)?.len();
+    Ok(Sizes { batch: sizes.batch * sequences, ..sizes.clone() })
+}
+
+/// Runs `x`; `memory` is that before the first token, and afterwards that after the last, of every sequence.
 pub(super) fn forward<V: StateVariant>(
     variant: &V,
     x: &Inputs<'_>,
+    cu_seqlens: Option<&[usize]>,
     out: OutMut<'_>,
     memory: Option<&mut Memory>,
 ) -> Result<()> {
     let (sizes, plan) = prepare(variant, x)?;
+    let cuts = sequences(cu_seqlens, sizes.tokens)?;
+    let packed = packed_sizes(&sizes, cu_seqlens)?;
     let wanted = [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
     for (a, axis) in ["batch", "n_heads_q", "n_q", "head_dim_v"].into_iter().enumerate() {
         if out.shape()[a] != wanted[a] {
@@ -51,9 +70,9 @@ pub(super) fn forward<V: StateVariant>(
         return Err(AttnError::DType { tensor: "out".into(), found, expected });
     }
     if let Some(memory) = &memory {
-        memory.check(&plan, &sizes)?;
+        memory.check(&plan, &packed)?;
     }
-    let call = Call { variant, x, sizes: &sizes, plan: &plan };
+    let call = Call { variant, x, sizes: &sizes, packed: &packed, plan: &plan, cuts: &cuts };
     match out {
         OutMut::F32(out) => call.run(out, memory),
         OutMut::Bf16(out) => call.run(out, memory),
@@ -70,7 +89,11 @@ struct Call<'a, V> {
     variant: &'a V,
     x: &'a Inputs<'a>,
     sizes: &'a Sizes,
+    /// The memory's.
+    packed: &'a Sizes,
     plan: &'a Plan,
+    /// Tokens of the sequences.
+    cuts: &'a [Range<usize>],
 }
 
 impl<V: StateVariant> Call<'_, V> {
@@ -88,20 +111,27 @@ impl<V: StateVariant> Call<'_, V> {
         let memory = match memory {
             Some(memory) => memory,
             None => {
-                none = Memory::new(plan, sizes);
+                none = Memory::new(plan, self.packed);
                 &mut none
             }
         };
-        let mut blocks = out.into_blocks(usize::MAX);
-        let heads = (0..sizes.batch).flat_map(|batch| (0..sizes.heads).map(move |head| (batch, head)));
-        let tasks = heads.zip(memory.heads_mut()).map(|((batch, head), memory)| {
-            let extras = self.x.head_extras(sizes.heads, batch, head);
+        // Blocks come batch by batch, head by head, sequence by sequence; memories sequence by sequence, head by head.
+        let n = self.cuts.len();
+        let mut memories: Vec<_> = memory.heads_mut().map(Some).collect();
+        let blocks = out.into_cuts(self.cuts.to_vec()).enumerate();
+        let tasks = blocks.map(|(at, block)| {
+            let (batch, head, sequence) = (block.batch, block.head, at % n);
+            let tokens = self.cuts[sequence].clone();
+            let keys = tokens.start * plan.keys_per_token..tokens.end * plan.keys_per_token;
             let rows = [&q, &k, &v].map(|view| view.head(batch, head / (sizes.heads / view.shape()[1])));
             let [q, k, v] = rows;
-            Head { q, k, v, head, extras, memory, out: blocks.next().map(|block| block.out) }
+            let mut extras = Vec::new();
+            cut_extras(&self.x.head_extras(sizes.heads, batch, head), sizes, &tokens, &keys, &mut extras);
+            let memory = memories[(batch * n + sequence) * sizes.heads + head].take().unwrap_or_default();
+            let (q, k, v) = (q.slice(tokens), k.slice(keys.clone()), v.slice(keys));
+            Head { q, k, v, head, extras, memory, out: block.out }
         });
-        // Heads without rows have no blocks, and nothing to do.
-        let tasks: Vec<Head<'_, E>> = tasks.filter(|task| task.out.is_some()).collect();
+        let tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
         let start = || Workspace::new(plan, sizes, E::DTYPE);
         let run =
@@ -160,20 +190,20 @@ struct Head<'a, E> {
     head: usize,
     extras: Vec<(&'static str, Rows<'a, f32>)>,
     memory: &'a mut [f32],
-    out: Option<RowsMut<'a, E>>,
+    out: RowsMut<'a, E>,
 }
 
 impl<E: Element> Head<'_, E> {
     fn run<V: StateVariant>(self, variant: &V, sizes: &Sizes, plan: &Plan, isa: Isa, w: &mut Workspace) {
-        let Self { q, k, v, head, extras, memory, out } = self;
-        let Some(mut out) = out else { return };
+        let Self { q, k, v, head, extras, memory, mut out } = self;
         let (len, per) = (chunk_len(plan, sizes.tokens), plan.keys_per_token);
+        let own = Sizes { tokens: q.len(), keys: k.len(), ..sizes.clone() };
         let (matrices, carry) = memory.split_at_mut(plan.matrices_len());
         let mut pieces = Vec::with_capacity(extras.len());
-        for first in (0..sizes.tokens).step_by(len) {
-            let tokens = first..(first + len).min(sizes.tokens);
+        for first in (0..own.tokens).step_by(len) {
+            let tokens = first..(first + len).min(own.tokens);
             let keys = tokens.start * per..tokens.end * per;
-            cut_extras(&extras, sizes, &tokens, &keys, &mut pieces);
+            cut_extras(&extras, &own, &tokens, &keys, &mut pieces);
             let [wide_q, wide_k, wide_v] = &mut w.wide;
             let x = Tokens {
                 q: load(isa, q.slice(tokens.clone()), wide_q),

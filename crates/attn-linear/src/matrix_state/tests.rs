@@ -136,13 +136,15 @@ fn every_isa_gives_the_definition_in_every_width() {
             for o in all_options() {
                 let o = Options { key_dim, value_dim, ..o };
                 let x = sequence(&o, 21, Strength::Mixed, 7);
+                // Of terms of order one: a single number may be what is left of their cancellation.
+                let tol = Tol::AllClose { atol: 6e-6, rtol: 6e-6 };
                 let initial = vec![0.0; o.state_len()];
                 let want = recurrence(&o, &x, &widen(&initial));
                 for chunk_len in [2, 16] {
                     let (out, state) = run(isa, &o, &x, &initial, chunk_len);
                     let what = format!("{isa} {o:?} chunk {chunk_len}");
-                    assert_close(&format!("out, {what}"), &out, &want.out, TOL);
-                    assert_close(&format!("state, {what}"), &state, &want.state, TOL);
+                    assert_close(&format!("out, {what}"), &out, &want.out, tol);
+                    assert_close(&format!("state, {what}"), &state, &want.state, tol);
                 }
             }
         }

@@ -246,7 +246,7 @@ impl Cell for InfiniCell {
             let at = Place { side, head: 0, first: 0, len, shift: &[] };
             let dx = PanelMut { data: &mut *dx.data, stride: dx.stride };
             let by = (phi.as_panel(), by.as_panel());
-            Map::EluPlusOne.back(simd, at, (piece.inputs[input], d), by, dx, &mut [], &mut []);
+            Map::EluPlusOne.back(simd, at, (piece.inputs[input], d), by, dx, (&mut [], &mut []));
         }
     }
 }

@@ -4,9 +4,9 @@
 //! - [`Infini`]: the compressive memory of Infini-attention.
 
 mod gemm;
-mod infini;
+pub mod infini;
 mod registry;
-mod ttt;
+pub mod ttt;
 
 pub use infini::{Infini, InfiniGrads};
 pub(crate) use registry::entries;
