@@ -106,7 +106,6 @@ impl Layer {
     }
 
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
     pub(super) fn back<S: Simd>(
         &self,
         simd: S,

@@ -150,7 +150,6 @@ impl Map {
 
     /// Gradients by `x`, given the features `phi` and the gradient by them; adds to `params`.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
     pub(crate) fn back<S: Simd>(
         &self,
         simd: S,
@@ -168,7 +167,6 @@ impl Map {
     }
 
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
     fn back_here<S: Simd>(
         &self,
         simd: S,

@@ -138,7 +138,6 @@ fn multiply_turned<S: Simd>(
 
 /// `out [rows, writes]`, `stride` apart, `= left values^T`, zero from `seen` on.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
 fn score_gradients<S: Simd>(
     simd: S,
     left: &[f32],
@@ -179,7 +178,6 @@ struct Pairs<'a> {
 
 impl Pairs<'_> {
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "a kernel takes what it reads and what it writes")]
     fn run<S: Simd>(
         &self,
         simd: S,
