@@ -130,3 +130,11 @@ fn a_gradient_that_is_one_number_everywhere_is_understood() -> Result<()> {
     assert!((total - 144.0).abs() < 1e-3, "{total}");
     Ok(())
 }
+
+#[test]
+fn a_variant_without_gradients_says_so_by_name() {
+    let x = Var::zeros((1, 1, 3, 4), DType::F32, &Device::Cpu).unwrap();
+    let out = attn_flash::Naive::default().forward_t(&x, &x, &x).unwrap();
+    let error = out.sum_all().unwrap().backward().unwrap_err().to_string();
+    assert!(error.contains("naive"), "{error}");
+}

@@ -14,7 +14,7 @@ impl CandleStream {
         Self { state }
     }
 
-    /// Appends `n` positions and returns their outputs; layout as [`CandleAttention::forward_t`] with `n_q = n_kv = n`.
+    /// Appends `n` positions and returns their outputs; layout as [`super::CandleAttention::forward_t`] with `n_q = n_kv = n`.
     ///
     /// # Errors
     /// Tensors that do not fit the stream; the stream is then unchanged.
