@@ -6,7 +6,7 @@
 use super::inputs::{Extra, Inputs, Per, Sizes};
 use super::memory::Memory;
 use super::run::{chunk_len, cut_extras, load, prepare};
-use super::variant::{Plan, Pull, StateVariant, Tokens};
+use super::variant::{Plan, AnyVariant, Pull, Tokens};
 use super::{Chunk, Engine};
 use attn_core::parallel::for_each_task;
 use attn_core::registry::{NamedTensor, NamedTensors};
@@ -37,16 +37,16 @@ struct HeadGradients {
 }
 
 /// Computes the gradients, given that of the output and, where it matters, that of the memory after the last token.
-pub(super) fn backward<V: StateVariant>(
-    variant: &V,
+pub(super) fn backward(
+    variant: &dyn AnyVariant,
     x: &Inputs<'_>,
     memory: Option<&Memory>,
     d_out: TensorView<'_>,
     d_memory: Option<&[f32]>,
 ) -> Result<Gradients> {
     let (sizes, plan) = prepare(variant, x)?;
-    if !V::DIFFERENTIABLE || plan.stages.len() != 1 || plan.memory_len() != plan.matrices_len() {
-        return Err(AttnError::unsupported(V::NAME, "gradients"));
+    if !variant.differentiable() || plan.stages.len() != 1 || plan.memory_len() != plan.matrices_len() {
+        return Err(AttnError::unsupported(variant.name(), "gradients"));
     }
     let wanted = [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
     for (a, axis) in ["batch", "heads", "length", "width"].into_iter().enumerate() {
@@ -77,14 +77,14 @@ pub(super) fn backward<V: StateVariant>(
     Ok(Gradients { inputs, memory: d_initial })
 }
 
-struct Call<'a, V> {
-    variant: &'a V,
+struct Call<'a> {
+    variant: &'a dyn AnyVariant,
     x: &'a Inputs<'a>,
     sizes: &'a Sizes,
     plan: &'a Plan,
 }
 
-impl<V: StateVariant> Call<'_, V> {
+impl Call<'_> {
     fn run<E: Element>(
         &self,
         d_out: View<'_, E>,
@@ -152,7 +152,7 @@ impl<V: StateVariant> Call<'_, V> {
         keep("v", &v, sum(v, &|grads| &grads.v))?;
         for (e, (name, shape)) in self.x.extra_shapes().enumerate() {
             let data = sum(shape, &|grads| &grads.extras[e]);
-            let per = V::EXTRAS.iter().find(|extra: &&Extra| extra.name == name).map(|extra| extra.per);
+            let per = self.variant.extras().iter().find(|extra: &&Extra| extra.name == name).map(|extra| extra.per);
             if per == Some(Per::Head) {
                 let [batch, own, rows, width] = shape;
                 let mut head = vec![0.0; own * width];
@@ -183,7 +183,7 @@ struct Head<'a, E> {
 }
 
 impl<E: Element> Head<'_, E> {
-    fn run<V: StateVariant>(mut self, call: &Call<'_, V>, isa: Isa, engine: &mut Engine) {
+    fn run(mut self, call: &Call<'_>, isa: Isa, engine: &mut Engine) {
         let (sizes, options) = (call.sizes, &call.plan.stages[0]);
         let len = chunk_len(call.plan, sizes.tokens);
         let chunks: Vec<_> =
@@ -238,9 +238,9 @@ impl<E: Element> Head<'_, E> {
     }
 
     /// Calls `work` with some tokens and where their gradients go.
-    fn with_tokens<V: StateVariant>(
+    fn with_tokens(
         &mut self,
-        call: &Call<'_, V>,
+        call: &Call<'_>,
         isa: Isa,
         tokens: &Range<usize>,
         wide: &mut [Vec<f32>; 3],

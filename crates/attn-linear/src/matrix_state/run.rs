@@ -2,7 +2,7 @@
 
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
-use super::variant::{Plan, StateVariant, Tokens};
+use super::variant::{Plan, AnyVariant, Tokens};
 use super::{Chunk, Engine, naive};
 use attn_core::exact::Reference;
 use attn_core::parallel::for_each_task;
@@ -16,8 +16,8 @@ use std::ops::Range;
 const SERIAL_FLOPS: u64 = 1 << 20;
 
 /// Sizes and plan of a call, checked.
-pub(super) fn prepare<V: StateVariant>(variant: &V, x: &Inputs<'_>) -> Result<(Sizes, Plan)> {
-    let sizes = x.sizes(V::NAME, V::EXTRAS)?;
+pub(super) fn prepare(variant: &dyn AnyVariant, x: &Inputs<'_>) -> Result<(Sizes, Plan)> {
+    let sizes = x.sizes(variant.name(), variant.extras())?;
     let plan = variant.plan(&sizes)?;
     plan.stages.iter().try_for_each(super::Options::check)?;
     if sizes.keys != sizes.tokens * plan.keys_per_token {
@@ -49,8 +49,8 @@ pub(super) fn packed_sizes(sizes: &Sizes, cu_seqlens: Option<&[usize]>) -> Resul
 }
 
 /// Runs `x`; `memory` is that before the first token, and afterwards that after the last, of every sequence.
-pub(super) fn forward<V: StateVariant>(
-    variant: &V,
+pub(super) fn forward(
+    variant: &dyn AnyVariant,
     x: &Inputs<'_>,
     cu_seqlens: Option<&[usize]>,
     out: OutMut<'_>,
@@ -85,8 +85,8 @@ pub(super) fn chunk_len(plan: &Plan, tokens: usize) -> usize {
     plan.stages.iter().map(|o| o.chunk_len).min().unwrap_or(1).min(tokens.max(1))
 }
 
-struct Call<'a, V> {
-    variant: &'a V,
+struct Call<'a> {
+    variant: &'a dyn AnyVariant,
     x: &'a Inputs<'a>,
     sizes: &'a Sizes,
     /// The memory's.
@@ -96,7 +96,7 @@ struct Call<'a, V> {
     cuts: &'a [Range<usize>],
 }
 
-impl<V: StateVariant> Call<'_, V> {
+impl Call<'_> {
     fn run<E: Element>(&self, out: ViewMut<'_, E>, memory: Option<&mut Memory>) -> Result<()> {
         let (sizes, plan) = (self.sizes, self.plan);
         let typed = |name: &str, view| {
@@ -194,7 +194,7 @@ struct Head<'a, E> {
 }
 
 impl<E: Element> Head<'_, E> {
-    fn run<V: StateVariant>(self, variant: &V, sizes: &Sizes, plan: &Plan, isa: Isa, w: &mut Workspace) {
+    fn run(self, variant: &dyn AnyVariant, sizes: &Sizes, plan: &Plan, isa: Isa, w: &mut Workspace) {
         let Self { q, k, v, head, extras, memory, mut out } = self;
         let (len, per) = (chunk_len(plan, sizes.tokens), plan.keys_per_token);
         let own = Sizes { tokens: q.len(), keys: k.len(), ..sizes.clone() };
@@ -282,8 +282,8 @@ pub(super) fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f
 }
 
 /// The definition: the variant's front end and back end around the recurrence in f64 over the whole sequence.
-pub(super) fn definition<V: StateVariant>(
-    variant: &V,
+pub(super) fn definition(
+    variant: &dyn AnyVariant,
     x: &Inputs<'_>,
     memory: Option<&Memory>,
 ) -> Result<Reference> {

@@ -188,3 +188,54 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
         4e-6
     }
 }
+
+/// A [`StateVariant`] behind a pointer, so that what drives it is compiled once for all of them.
+pub(super) trait AnyVariant: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn extras(&self) -> &'static [Extra];
+    fn differentiable(&self) -> bool;
+    fn plan(&self, sizes: &Sizes) -> Result<Plan>;
+    fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk);
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk);
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]);
+    fn recurrence(&self) -> Option<Recurrence>;
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>);
+}
+
+impl<V: StateVariant> AnyVariant for V {
+    fn name(&self) -> &'static str {
+        V::NAME
+    }
+
+    fn extras(&self) -> &'static [Extra] {
+        V::EXTRAS
+    }
+
+    fn differentiable(&self) -> bool {
+        V::DIFFERENTIABLE
+    }
+
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        StateVariant::plan(self, sizes)
+    }
+
+    fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
+        StateVariant::fill(self, x, carry, chunk);
+    }
+
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
+        StateVariant::refill(self, x, first, reads, chunk);
+    }
+
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
+        StateVariant::finish(self, x, chunk, reads, out);
+    }
+
+    fn recurrence(&self) -> Option<Recurrence> {
+        StateVariant::recurrence(self)
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        StateVariant::pull(self, x, chunk, grads, d_out, to);
+    }
+}
