@@ -140,6 +140,27 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
         self.with_spec(&problem, |spec| attend_backward(problem, forward, grad, grads, spec))
     }
 
+    /// The same call with borrowed masks and score mods, for adding to it.
+    #[cfg(feature = "candle")]
+    pub(crate) fn by_ref(&self) -> FlashCall<'a, &M, &C> {
+        let Self { flash, mask, score_mod, key_bias, sinks, dropout, qk_norm } = self;
+        FlashCall {
+            flash: *flash,
+            mask,
+            score_mod,
+            key_bias: *key_bias,
+            sinks: *sinks,
+            dropout: *dropout,
+            qk_norm: *qk_norm,
+        }
+    }
+
+    /// Where query 0 of each sequence stands on its key axis.
+    #[cfg(feature = "candle")]
+    pub(crate) fn offsets(&self, problem: &Problem<'_>) -> Vec<isize> {
+        self.flash.offsets(problem)
+    }
+
     /// Hands the kernel's specification of this call on `problem` to `run`.
     fn with_spec<R>(
         &self,
@@ -186,13 +207,18 @@ impl Flash {
         FlashCall::new(*self)
     }
 
+    /// Where query 0 of each sequence stands on its key axis.
+    fn offsets(&self, problem: &Problem<'_>) -> Vec<isize> {
+        let offset = |s| self.align.offset(problem.q_range(s).len(), problem.kv_range(s).len());
+        (0..problem.n_sequences()).map(offset).collect()
+    }
+
     /// The visible band of each sequence, or `None` if everything is visible.
     fn bands(&self, problem: &Problem<'_>) -> Result<Option<BandPerBatch>> {
         let shape = problem.shape();
         // An empty problem may have any number of sequences.
         let Some(band) = self.band(&shape).filter(|_| shape.rows() > 0) else { return Ok(None) };
-        let offset = |s| self.align.offset(problem.q_range(s).len(), problem.kv_range(s).len());
-        let offsets: Vec<isize> = (0..problem.n_sequences()).map(offset).collect();
+        let offsets = self.offsets(problem);
         let sequences = AttnShape { batch: offsets.len(), ..shape };
         BandPerBatch::new(offsets, band.left, band.right, &sequences).map(Some)
     }
