@@ -16,14 +16,12 @@ fn view<'a>(name: &str, data: &'a [f32], axes: [usize; 4]) -> View<'a, f32> {
 }
 
 /// Checks some coordinates of each gradient, of a definition in f64.
-#[allow(dead_code)] // not every suite has one
 pub(crate) fn check(entry: &Entry, options: &Options, s: AttnShape, seed: u64) {
     let check = GradientCheck { step: 1.0 / 512.0, tol: Tol::ScaledMax(3e-5), sample: Some(24), seed };
     check_by(check, entry, options, s);
 }
 
 /// As [`check`], of a definition whose front end rounds to f32.
-#[allow(dead_code)] // not every suite has one
 pub(crate) fn check_rounded(entry: &Entry, options: &Options, s: AttnShape, seed: u64) {
     let check = GradientCheck { step: 1.0 / 256.0, tol: Tol::ScaledMax(4e-3), sample: Some(24), seed };
     check_by(check, entry, options, s);

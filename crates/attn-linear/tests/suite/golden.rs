@@ -1,13 +1,11 @@
 //! The registry against vectors computed by other people's packages.
 
-mod support;
-
+use crate::golden_cases::{self, check_named};
 use attn_core::registry::{NamedTensor, Options, TensorData};
 use attn_testkit::golden::GoldenCase;
-use support::check_named;
 
 fn cases(variant: &str) -> Vec<GoldenCase> {
-    support::cases(variant, "")
+    golden_cases::cases(variant, "")
 }
 
 fn floats(tensor: &NamedTensor) -> &[f32] {

@@ -1,8 +1,6 @@
 //! Gradients of every variant of the matrix-state engine by q, k and v against differences of its definition.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-
+use crate::differences;
 use attn_core::AttnShape;
 use attn_core::registry::{Options, find};
 use attn_linear::registry;
@@ -13,7 +11,7 @@ fn check(name: &str, options: &[(&str, &str)]) {
     let entry = *find(&registry(), name).unwrap();
     for chunk_len in [1, 7] {
         let all = options.iter().fold(Options::new(), |all, (key, value)| all.with(key, value));
-        gradients::check_rounded(&entry, &all.with("chunk_len", chunk_len), shape, 3);
+        differences::check_rounded(&entry, &all.with("chunk_len", chunk_len), shape, 3);
     }
 }
 

@@ -1,14 +1,12 @@
 //! The variants of the matrix-state engine against vectors computed by other people's packages.
 
-mod support;
-
+use crate::golden_cases::{self, check_named};
 use attn_core::registry::Options;
 use attn_linear::recurrent::Lightning;
 use attn_testkit::golden::GoldenCase;
-use support::check_named;
 
 fn cases(variant: &str, count: usize) -> Vec<GoldenCase> {
-    let cases = support::cases(variant, "");
+    let cases = golden_cases::cases(variant, "");
     assert_eq!(cases.len(), count, "{variant}");
     cases
 }

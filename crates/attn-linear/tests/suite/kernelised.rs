@@ -1,8 +1,6 @@
 //! `linear`, `linear-elu` and `retnet`: more or fewer keys than queries, no order, given states, other storage.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-
+use crate::differences;
 use attn_core::registry::{Options, find};
 use attn_core::{Attention, AttnShape, DType, Element, Qkv, StreamShape, Streaming, View, ViewMut};
 use attn_linear::matrix_state::{Inputs, StateVariant};
@@ -165,7 +163,7 @@ fn gradients_equal_finite_differences() {
             ("retnet", true),
         ] {
             let entry = *find(&registry(), name).unwrap();
-            let check = if name == "linear-elu" { gradients::check_rounded } else { gradients::check };
+            let check = if name == "linear-elu" { differences::check_rounded } else { differences::check };
             check(&entry, &Options::new().with("causal", causal).with("chunk_len", 7), shape, 3);
         }
     }
