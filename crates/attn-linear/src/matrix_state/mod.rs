@@ -113,7 +113,7 @@ impl Engine {
         let scratch = &mut self.scratch;
         let reads = chunk.len * o.value_dim;
         match (&mut self.other, o.recurrence) {
-            (Other::Oja(oja), _) => return oja.run(isa, &o, chunk, state),
+            (Other::Oja(oja), _) => return oja.run(isa, chunk, state),
             (Other::Momentum(momentum), _) => {
                 let reads = &mut scratch.reads[..reads];
                 isa.run(momentum::Forward { o: &o, chunk, state, reads, scratch: momentum });
@@ -156,13 +156,13 @@ impl Engine {
             assert_eq!(d_norms.len(), chunk.len, "gradient of the norms");
         }
         match &mut self.other {
-            Other::Oja(oja) => oja.backward(isa, &o, chunk, state, d_reads, d_state, grads),
+            Other::Oja(oja) => oja.backward(isa, chunk, state, d_reads, d_state, grads),
             Other::Momentum(scratch) => {
                 let o = &o;
                 isa.run(momentum::Backward { o, chunk, state, d_reads, d_state, grads, scratch });
             }
             Other::Regression(regression) => {
-                regression.backward(isa, &o, chunk, state, d_reads, d_state, grads);
+                regression.backward(isa, chunk, state, d_reads, d_state, grads);
             }
             Other::None => {
                 let (scratch, back) = (&mut self.scratch, &mut self.back);

@@ -15,6 +15,7 @@ use attn_core::view::Rows;
 
 /// The two engines of Oja's rule.
 pub(super) struct Oja {
+    options: Options,
     /// Of the transposed state.
     solves: Box<Engine>,
     reads: Box<Engine>,
@@ -30,6 +31,7 @@ impl Oja {
     pub(super) fn new(o: &Options, len: usize) -> Self {
         let (solving, reading) = parts(o);
         Self {
+            options: *o,
             solves: Box::new(Engine::new(&solving, len)),
             reads: Box::new(Engine::new(&reading, len)),
             erased: Vec::new(),
@@ -47,13 +49,14 @@ impl Oja {
     }
 
     /// As [`Engine::run`].
-    pub(super) fn run(&mut self, isa: Isa, o: &Options, x: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
-        self.solve(isa, o, x, state);
+    pub(super) fn run(&mut self, isa: Isa, x: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
+        self.solve(isa, x, state);
         self.reads.run(isa, Piece { k: &self.written, ..x }, state)
     }
 
     /// `U` into `written`, and what it takes: `erased`, `turned`.
-    fn solve(&mut self, isa: Isa, o: &Options, x: Piece<'_>, state: &[f32]) {
+    fn solve(&mut self, isa: Isa, x: Piece<'_>, state: &[f32]) {
+        let o = self.options;
         isa.run(Turn { rows: Rows::new(state, o.key_dim, o.value_dim, o.value_dim), out: &mut self.turned });
         self.erased.clear();
         let rows = x.v.chunks_exact(o.value_dim).zip(x.notes);
@@ -67,14 +70,14 @@ impl Oja {
     pub(super) fn backward(
         &mut self,
         isa: Isa,
-        o: &Options,
         x: Piece<'_>,
         state: &[f32],
         d_reads: &[f32],
         d_state: &mut [f32],
         grads: &mut Chunk,
     ) {
-        self.solve(isa, o, x, state);
+        let o = self.options;
+        self.solve(isa, x, state);
         self.reads.backward(isa, Piece { k: &self.written, ..x }, state, [d_reads, &[]], d_state, grads);
         self.d_turned.fill(0.0);
         self.solves.backward_written(

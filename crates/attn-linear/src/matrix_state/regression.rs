@@ -14,6 +14,7 @@ use attn_core::simd::{Isa, Simd, SimdOp};
 
 /// A thread's buffers.
 pub(super) struct Regression {
+    options: Options,
     sums: Box<Engine>,
     /// `x`, `y [len, key_dim]`.
     read: Vec<f32>,
@@ -24,20 +25,20 @@ pub(super) struct Regression {
 impl Regression {
     pub(super) fn new(o: &Options, len: usize) -> Self {
         let sums = Box::new(Engine::new(&Options { recurrence: None, ..*o }, len));
-        Self { sums, read: Vec::new(), adjoint: Vec::new(), grads: Chunk::default() }
+        Self { options: *o, sums, read: Vec::new(), adjoint: Vec::new(), grads: Chunk::default() }
     }
 
     /// As [`Engine::backward`]; the gradients of `Lambda` are those of the bonus.
     pub(super) fn backward(
         &mut self,
         isa: Isa,
-        o: &Options,
         x: Piece<'_>,
         state: &[f32],
         d_reads: &[f32],
         d_state: &mut [f32],
         grads: &mut Chunk,
     ) {
+        let o = &self.options;
         let (n, width) = (o.key_dim, o.value_dim);
         let Self { sums, read, adjoint, .. } = self;
         isa.run(Solutions { o, x, state: state.to_vec(), d_reads, read, adjoint });
