@@ -155,6 +155,7 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
             dropout: self.dropout,
             qk_norm: self.qk_norm,
             tiles: self.flash.tiles,
+            half_products: self.flash.half_products,
             ..Spec::new(softmax_scale, &mask, &score_mod)
         })
     }

@@ -16,6 +16,7 @@ pub mod stream;
 mod tiles;
 
 pub use call::FlashCall;
+pub use engine::HalfProducts;
 pub use flash::Flash;
 pub use naive::Naive;
 pub use registry::registry;
