@@ -1,7 +1,7 @@
 //! One call of exact attention with everything it may take besides q, k and v.
 
 use crate::Flash;
-use crate::engine::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend, attend_backward};
+use crate::engine::{ForwardResult, Grads, HalfProducts, OutputGrad, Problem, Spec, attend, attend_backward};
 use attn_core::dropout::Dropout;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{And, BandPerBatch, Mask, Pair, Predicate, SeeAll};
@@ -108,6 +108,11 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
         Self { qk_norm: Some(qk_norm), ..self }
     }
 
+    /// How the forward pass multiplies bf16 and f16.
+    pub fn half_products(self, half_products: HalfProducts) -> Self {
+        Self { flash: Flash { half_products, ..self.flash }, ..self }
+    }
+
     /// Attends `problem` and writes `out (batch, n_heads_q, n_q, head_dim_v)`, and `lse [batch, n_heads_q, n_q]` (natural
     /// log) if given. A `Qkv` is a problem; so are packed sequences, caches and pages, see [`Problem`].
     ///
@@ -138,6 +143,27 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
     ) -> Result<()> {
         let problem = problem.into();
         self.with_spec(&problem, |spec| attend_backward(problem, forward, grad, grads, spec))
+    }
+
+    /// The same call with borrowed masks and score mods, for adding to it.
+    #[cfg(feature = "candle")]
+    pub(crate) fn by_ref(&self) -> FlashCall<'a, &M, &C> {
+        let Self { flash, mask, score_mod, key_bias, sinks, dropout, qk_norm } = self;
+        FlashCall {
+            flash: *flash,
+            mask,
+            score_mod,
+            key_bias: *key_bias,
+            sinks: *sinks,
+            dropout: *dropout,
+            qk_norm: *qk_norm,
+        }
+    }
+
+    /// Where query 0 of each sequence stands on its key axis.
+    #[cfg(feature = "candle")]
+    pub(crate) fn offsets(&self, problem: &Problem<'_>) -> Vec<isize> {
+        self.flash.offsets(problem)
     }
 
     /// Hands the kernel's specification of this call on `problem` to `run`.
@@ -187,13 +213,18 @@ impl Flash {
         FlashCall::new(*self)
     }
 
+    /// Where query 0 of each sequence stands on its key axis.
+    fn offsets(&self, problem: &Problem<'_>) -> Vec<isize> {
+        let offset = |s| self.align.offset(problem.q_range(s).len(), problem.kv_range(s).len());
+        (0..problem.n_sequences()).map(offset).collect()
+    }
+
     /// The visible band of each sequence, or `None` if everything is visible.
     fn bands(&self, problem: &Problem<'_>) -> Result<Option<BandPerBatch>> {
         let shape = problem.shape();
         // An empty problem may have any number of sequences.
         let Some(band) = self.band(&shape).filter(|_| shape.rows() > 0) else { return Ok(None) };
-        let offset = |s| self.align.offset(problem.q_range(s).len(), problem.kv_range(s).len());
-        let offsets: Vec<isize> = (0..problem.n_sequences()).map(offset).collect();
+        let offsets = self.offsets(problem);
         let sequences = AttnShape { batch: offsets.len(), ..shape };
         BandPerBatch::new(offsets, band.left, band.right, &sequences).map(Some)
     }

@@ -4,10 +4,14 @@
 //! - [`Naive`]: the same by the textbook, row by row: what to compare with.
 //! - [`engine`]: the softmax engine underneath, with any mask and score function; attn-sparse and attn-hier drive it.
 //! - [`cache`]: contiguous and paged key/value caches in f32, bf16, f16 or int8.
+//! - [`candle`]: tensors in and out, gradients through candle's graph, and the functions of candle-flash-attn (feature
+//!   `candle`, on by default).
 //! - [`stream`]: decoding with a key/value cache, for every variant of softmax attention.
 
 pub mod cache;
 mod call;
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod engine;
 mod flash;
 mod naive;
@@ -16,6 +20,12 @@ pub mod stream;
 mod tiles;
 
 pub use call::FlashCall;
+#[cfg(feature = "candle")]
+pub use candle::{
+    flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
+    flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
+    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_windowed, flash_attn_windowed,
+};
 pub use engine::HalfProducts;
 pub use flash::Flash;
 pub use naive::Naive;

@@ -8,15 +8,21 @@
 //! A call is one node of candle's graph. `loss.backward()` reaches q, k and v through [`Attention::as_differentiable`], in
 //! their own dtype; the forward pass keeps what that needs only when an input tracks gradients. A variant that has no
 //! backward pass fails in `loss.backward()` with an error that names it; gradients are never dropped silently.
-//! Operations with more inputs or several outputs become nodes through [`apply_packed`].
+//!
+//! What a crate adds to the graph itself goes through [`apply_qkv`] (an operation on q, k and v, nothing copied) or
+//! [`apply_packed`] (any number of inputs and outputs); [`with_view`] and [`tensor_from`] read and make tensors.
 
 mod op;
+mod order;
 mod packed;
 mod storage;
 mod stream;
 
 pub use candle_core;
+pub use op::{QkvOp, apply_qkv};
+pub use order::AxisOrder;
 pub use packed::{NamedView, PackedOp, PackedTensor, apply_packed};
+pub use storage::{check_cpu, tensor_from, with_view};
 pub use stream::CandleStream;
 
 use crate::{Attention, AttnError, StreamShape};
@@ -37,17 +43,16 @@ pub trait CandleAttention: Attention + Clone + 'static {
     /// # Errors
     /// A tensor off the CPU, of another dtype or rank, or with a strided last axis; those of [`Attention::forward`].
     fn forward_t(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let tracked = q.track_op() || k.track_op() || v.track_op();
-        q.apply_op3(k, v, op::Op::new(self.clone(), tracked))
+        apply_qkv(op::Variant(self.clone()), AxisOrder::Bhnd, q, k, v)
     }
 
-    /// [`CandleAttention::forward_t`] for tensors `(batch, length, heads, width)`, without copying the inputs.
+    /// [`CandleAttention::forward_t`] for tensors `(batch, length, heads, width)`; the output too is contiguous in that order, and
+    /// nothing is copied.
     ///
     /// # Errors
     /// As [`CandleAttention::forward_t`].
     fn forward_bnhd_t(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let swap = |t: &Tensor| t.transpose(1, 2);
-        self.forward_t(&swap(q)?, &swap(k)?, &swap(v)?)?.transpose(1, 2)
+        apply_qkv(op::Variant(self.clone()), AxisOrder::Bnhd, q, k, v)
     }
 
     /// An empty stream of this variant for tensors like `q`, `k`, `v` (layout as [`CandleAttention::forward_t`]; the
@@ -63,7 +68,7 @@ pub trait CandleAttention: Attention + Clone + 'static {
             n_heads_kv: k_axes.1,
             head_dim: q_axes.3,
             head_dim_v: v_axes.3,
-            dtype: dtype(q.dtype())?,
+            dtype: dtype("q", q.dtype())?,
         };
         let stream = self.as_streaming().ok_or_else(|| AttnError::unsupported(self.name(), "streaming"))?;
         Ok(CandleStream::new(stream.start(shape)?))

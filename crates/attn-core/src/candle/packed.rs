@@ -4,7 +4,7 @@
 //! flat tensor, and so do the outputs; `cat`, `narrow` and `reshape` have gradients, so the graph sees through them.
 //! Everything between is f32; conversions from and to other dtypes have gradients too.
 
-use super::storage::cpu;
+use super::storage::{check_cpu, cpu};
 use crate::{AttnError, Saved};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Error, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
@@ -64,9 +64,7 @@ pub fn apply_packed(op: impl PackedOp, inputs: &[(&str, &Tensor)]) -> Result<Vec
     }
     let mut flat = Vec::with_capacity(inputs.len());
     for (name, tensor) in inputs {
-        if !tensor.device().is_cpu() {
-            candle_core::bail!("{name}: device is not the CPU; attention runs on CPU tensors");
-        }
+        check_cpu(name, tensor.device().location())?;
         flat.push(tensor.to_dtype(DType::F32)?.flatten_all()?);
     }
     let tensors = inputs.iter().map(|(name, tensor)| (name.to_string(), tensor.dims().to_vec())).collect();

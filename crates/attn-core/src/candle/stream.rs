@@ -1,8 +1,9 @@
 //! Decoding on tensors.
 
-use super::storage::{cpu, qkv, run};
+use super::AxisOrder;
+use super::storage::{cpu, qkv, tensor_from};
 use crate::StreamState;
-use candle_core::{CpuStorage, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 /// A stream on tensors. Its outputs carry no gradients: it is for decoding.
 pub struct CandleStream {
@@ -23,15 +24,8 @@ impl CandleStream {
         let (k_data, k_layout) = k.storage_and_layout();
         let (v_data, v_layout) = v.storage_and_layout();
         let (q, k, v) = (cpu("q", &q_data)?, cpu("k", &k_data)?, cpu("v", &v_data)?);
-        let x = qkv((q, q_layout), (k, k_layout), (v, v_layout))?;
-        let (storage, shape) = run(x, |x, out| self.state.append(x, out))?;
-        let device = candle_core::Device::Cpu;
-        match storage {
-            CpuStorage::F32(data) => Tensor::from_vec(data, shape, &device),
-            CpuStorage::BF16(data) => Tensor::from_vec(data, shape, &device),
-            CpuStorage::F16(data) => Tensor::from_vec(data, shape, &device),
-            _ => candle_core::bail!("a stream gives f32, bf16 or f16"),
-        }
+        let x = qkv((q, q_layout), (k, k_layout), (v, v_layout), AxisOrder::Bhnd)?;
+        tensor_from(x.dtype(), x.shape().out(), AxisOrder::Bhnd, |out| self.state.append(x, out))
     }
 
     /// The state underneath: its length and the bytes it holds.

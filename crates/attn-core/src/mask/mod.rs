@@ -35,6 +35,7 @@ pub use compose::{And, Or};
 pub use dense::DenseMask;
 pub use documents::{Documents, Spans};
 pub use keys::{KeyLengths, KeysBelow};
+pub(crate) use per_batch::PerBatch;
 pub use prefix_lm::PrefixLm;
 
 use crate::{AttnShape, Result};

@@ -125,6 +125,20 @@ fn alibi_takes_slopes_for_each_batch_entry() {
 }
 
 #[test]
+fn alibi_takes_an_offset_for_each_batch_entry() {
+    let (slopes, offsets) = (vec![0.5, 0.25, 2.0], [4, -3]);
+    let both = Alibi::with_offsets(slopes.clone(), &SHAPE, &offsets).unwrap();
+    for at in pairs(&SHAPE) {
+        let alone = Alibi::new(slopes.clone(), &SHAPE, offsets[at.batch]).unwrap();
+        assert_eq!(both.apply(1.5, at), alone.apply(1.5, at), "{at:?}");
+        assert_eq!(both.apply_f64(1.5, at), alone.apply_f64(1.5, at), "{at:?}");
+    }
+    assert!(both.check(&AttnShape { batch: 3, ..SHAPE }).unwrap_err().to_string().contains("offsets"));
+    let error = Alibi::with_offsets(slopes, &SHAPE, &[0; 3]).unwrap_err().to_string();
+    assert!(error.contains("offsets: batch is 3") && error.contains("1 or 2"), "{error}");
+}
+
+#[test]
 fn offsets_beyond_any_length_are_refused() {
     for offset in [isize::MIN, -(1 << 30), 1 << 30, isize::MAX] {
         let error = Alibi::new(vec![0.0; 3], &SHAPE, offset).unwrap_err().to_string();

@@ -146,7 +146,10 @@ impl Bf16Dot {
         assert!(whole && lanes.start <= lanes.end && lanes.end <= *stride, "lanes {lanes:?} of {stride}");
         assert!(scores.len().is_multiple_of(2 * stride), "{} scores in pairs of {stride}", scores.len());
         assert!(pairs.len() >= scores.len() / 2, "{} pairs for {} scores", pairs.len(), scores.len());
-        assert!(reference.len() >= lanes.end && sums.len() >= lanes.end, "a reference and a sum for each lane");
+        assert!(
+            reference.len() >= lanes.end && sums.len() >= lanes.end,
+            "a reference and a sum for each lane"
+        );
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `self` proves the instructions; the asserts above are what the kernel relies on.
         unsafe {
@@ -495,8 +498,7 @@ mod tests {
         let run = |scores: &[f32], lanes| {
             let (mut pairs, mut sums) = (vec![0; 3 * 32], vec![1.0; 32]);
             let (reference, most) = (&[0.0; 32], bf16::from_f32(256.0));
-            let rows =
-                WeightRows { scores, pairs: &mut pairs, reference, sums: &mut sums, most, stride: 32 };
+            let rows = WeightRows { scores, pairs: &mut pairs, reference, sums: &mut sums, most, stride: 32 };
             (dot.weights(rows, lanes), sums)
         };
         assert_eq!(run(&scores, 0..32), (true, vec![7.0; 32]));

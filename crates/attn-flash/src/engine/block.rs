@@ -114,11 +114,12 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
             spans = share_of(&spans, share.clone());
         }
         let key_bias = spec.key_bias_of(problem, &task);
-        let n_kv = problem.kv_range(task.sequence).len();
         let tile = Tile { spec, key_bias, shape };
         for_each_chunk(&spans, tiles.block_kv(), |ranges| {
             key_scale.clear();
-            let packed = native.as_mut().and_then(|native| native.pack(simd, (&k_rows, &v_rows), ranges).then_some(native));
+            let packed = native
+                .as_mut()
+                .and_then(|native| native.pack(simd, (&k_rows, &v_rows), ranges).then_some(native));
             let mut rows = match packed {
                 Some(native) => KeyRowsOf::Pairs(native),
                 None => KeyRowsOf::Wide { k: k_rows.wide(ranges, wide_k), v: v_rows.wide(ranges, wide_v) },
@@ -127,13 +128,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                 let n_keys = ranges.iter().map(Range::len).sum();
                 key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
             }
-            let n_panels = panels.len();
             for (p, panel) in panels.iter_mut().enumerate() {
-                if let (KeyRowsOf::Pairs(native), [keys]) = (&rows, ranges) {
-                    // Likely the next chunk.
-                    let ahead = keys.end..(keys.end + keys.len()).min(n_kv);
-                    native.ask([&k_rows, &v_rows], &ahead, (p, n_panels));
-                }
                 let [keys] = ranges else {
                     let keys = Keys { ranges, skip: 0, scale: key_scale };
                     tile.attend(simd, (p, panel), keys, &mut rows, TileScratch { scores, finite_v });

@@ -24,9 +24,9 @@ use super::rows::{HeadRows, KeyRows};
 use super::{HalfProducts, Spec};
 use crate::tiles::PANEL;
 use attn_core::simd::{Isa, Simd};
-use attn_core::tile::{Bf16Dot, Finish, PairLhs, PairRhs, TileMut, prefetch};
-use attn_core::{AttnError, AttnShape, Result};
+use attn_core::tile::{Bf16Dot, Finish, PairLhs, PairRhs, TileMut};
 use attn_core::view::Rows;
+use attn_core::{AttnError, AttnShape, Result};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -148,18 +148,6 @@ impl NativeBf16 {
         });
         rest.fill(0);
         true
-    }
-
-    /// Asks for share `p` of `n` of the keys `ahead`.
-    #[inline(always)]
-    pub(super) fn ask(&self, rows: [&KeyRows<'_>; 2], ahead: &Range<usize>, (p, n): (usize, usize)) {
-        if !ahead.is_empty() {
-            for rows in rows {
-                let piece = bf16_rows(rows.piece(ahead.clone()));
-                let share = piece.slice(p * piece.len() / n..(p + 1) * piece.len() / n);
-                share.iter().for_each(prefetch);
-            }
-        }
     }
 
     /// Scores of panel `p` with `keys` of the chunk, in whole pairs of keys: `[keys, PANEL]`, and where those of `keys`

@@ -4,8 +4,8 @@ use attn_core::mask::{Align, DenseMask, Mask, SeeAll};
 use attn_core::registry::{NamedTensor, TensorData};
 use attn_core::score::{Alibi, Bias, BiasIndex, ScoreMod, Unchanged};
 use attn_core::{View, ViewMut};
-use attn_flash::{Flash, HalfProducts};
 use attn_flash::engine::{ForwardResult, Grads, OutputGrad};
+use attn_flash::{Flash, HalfProducts};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::golden::{GoldenCase, load_dir};
 

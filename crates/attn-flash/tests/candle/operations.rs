@@ -1,24 +1,16 @@
-//! On candle tensors: the same numbers as candle's own matmul, softmax, matmul.
-#![cfg(feature = "candle")]
+//! `Attention` on tensors: the methods that every variant has.
 
+use crate::naive::{max_difference, random};
 use attn_core::candle::CandleAttention;
 use attn_core::candle::candle_core::{D, DType, Device, Result, Tensor, Var};
 use attn_flash::Flash;
 use std::sync::Arc;
-
-fn random(shape: (usize, usize, usize, usize)) -> Result<Tensor> {
-    Tensor::randn(0f32, 1.0, shape, &Device::Cpu)
-}
 
 /// `softmax(q k^T / sqrt(d)) v` in candle's own operations.
 fn by_matmul(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scores = (q.matmul(&k.t()?)? / (q.dim(D::Minus1)? as f64).sqrt())?;
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?.matmul(v)
-}
-
-fn max_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
-    (a.to_dtype(DType::F32)? - b.to_dtype(DType::F32)?)?.abs()?.flatten_all()?.max(0)?.to_scalar()
 }
 
 #[test]
@@ -37,6 +29,7 @@ fn both_storage_orders_and_offsets_are_read_in_place() -> Result<()> {
     let contiguous = |t: &Tensor| t.transpose(1, 2)?.contiguous();
     let want = Flash::causal().forward_t(&contiguous(&q)?, &contiguous(&k)?, &contiguous(&v)?)?;
     let got = Flash::causal().forward_bnhd_t(&q, &k, &v)?;
+    assert!(got.is_contiguous(), "in the order of the inputs");
     assert_eq!(max_difference(&got.transpose(1, 2)?, &want)?, 0.0);
     // A slice has a storage offset.
     let last = |t: &Tensor| t.narrow(0, 1, 1);
