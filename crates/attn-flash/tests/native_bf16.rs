@@ -18,7 +18,7 @@ use attn_testkit::inputs::{self, Layout, StoredProblem};
 use half::bf16;
 
 /// Unit roundoff of bf16.
-const U: f64 = 1.0 / 512.0;
+const U: f64 = 1.0 / 256.0;
 const OUT: Tol = Tol::ScaledMax(2.0 * U);
 const LSE: Tol = Tol::AllClose { atol: U, rtol: 4e-6 };
 const SCALE: f32 = 0.25;
@@ -168,12 +168,16 @@ fn what_a_row_does_not_see_never_reaches_it() {
             problem.k_row(0, 0, place)[2] = poison;
             problem.v_row(0, 0, place)[1] = poison;
             let unseen = Predicate(move |p: Pair| p.j != place);
-            check("unseen", problem.store(Layout::HeadsFirst).qkv().unwrap(), native(&unseen, &Unchanged));
+            check(
+                "unseen",
+                problem.store::<bf16>(Layout::HeadsFirst).qkv().unwrap(),
+                native(&unseen, &Unchanged),
+            );
             problem.k_row(0, 0, place)[2] = 0.5;
             let window = Band { offset: 0, left: Some(20), right: Some(0) };
             check(
                 "seen by some",
-                problem.store(Layout::HeadsFirst).qkv().unwrap(),
+                problem.store::<bf16>(Layout::HeadsFirst).qkv().unwrap(),
                 native(&window, &Unchanged),
             );
         }
@@ -183,7 +187,11 @@ fn what_a_row_does_not_see_never_reaches_it() {
         let mut problem = inputs::Problem::normal(shape(10, 10), 6);
         problem.k_row(0, 0, place).fill(f32::NAN);
         let diagonal = Band { offset: 0, left: Some(0), right: Some(0) };
-        check("diagonal", problem.store(Layout::HeadsFirst).qkv().unwrap(), native(&diagonal, &Unchanged));
+        check(
+            "diagonal",
+            problem.store::<bf16>(Layout::HeadsFirst).qkv().unwrap(),
+            native(&diagonal, &Unchanged),
+        );
     }
 }
 
@@ -194,7 +202,7 @@ fn a_nan_query_spoils_its_own_row_alone() {
     }
     let mut problem = inputs::Problem::normal(shape(40, 40), 7);
     problem.q_row(0, 1, 7)[0] = f32::NAN;
-    check("nan query", problem.store(Layout::HeadsFirst).qkv().unwrap(), native(&SeeAll, &Unchanged));
+    check("nan query", problem.store::<bf16>(Layout::HeadsFirst).qkv().unwrap(), native(&SeeAll, &Unchanged));
 }
 
 #[test]
@@ -258,13 +266,14 @@ fn packed_sequences_caches_and_pages_equal_each_alone() {
     let view = |name, data, width| View::contiguous(name, data, [pages, 1, page_size, width]).unwrap();
     let block_table: Vec<i32> = (0..pages as i32).rev().collect();
     let q: Vec<bf16> = data.q.iter().map(|x| bf16::from_f32(*x)).collect();
+    let lens = [n_kv as i32];
     let problem = Problem::paged(
         View::contiguous("q", &q, s.q()).unwrap(),
         PagedKv {
             k: view("k", &k, s.head_dim).into(),
             v: view("v", &v, s.head_dim_v).into(),
             block_table: &block_table,
-            lens: &[n_kv as i32],
+            lens: &lens,
         },
     );
     let (out, lse) = run(problem.unwrap(), &native(&SeeAll, &Unchanged)).unwrap();

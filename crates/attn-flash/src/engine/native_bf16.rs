@@ -11,7 +11,7 @@
 //!
 //! Scores are f32 and go through the same norm-free score mods, masks and running maximum as widened ones. The weights are
 //! rounded to bf16, and the normaliser is the sum of the *rounded* weights: the outputs are then exact averages with weights
-//! that are off by up to 2^-9 each. With the sum of the unrounded ones a row's weights would no longer add up to 1, and its
+//! that are off by up to 2^-8 each. With the sum of the unrounded ones a row's weights would no longer add up to 1, and its
 //! output would be off by their common error times the mean of the values.
 //!
 //! A last odd channel is paired with zero. Panels that start or end in the middle of a pair of keys take the whole pair, the
