@@ -3,7 +3,8 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use attn_benches::{
-    Problem, Setting, backward, candle_attention, candle_nn_attention, causal_mask, forward, forward_stored, measure,
+    Problem, Setting, backward, candle_attention, candle_nn_attention, causal_mask, forward, forward_stored,
+    measure,
 };
 use attn_core::AttnShape;
 use attn_core::simd::Isa;
