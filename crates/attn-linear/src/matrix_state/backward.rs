@@ -169,7 +169,13 @@ fn score_gradients<S: Simd>(
 
 /// The matrix `[rows, width]` transposed, densely.
 #[inline(always)]
-fn turn<'a, S: Simd>(simd: S, matrix: &[f32], rows: usize, width: usize, out: &'a mut Vec<f32>) -> &'a [f32] {
+pub(super) fn turn<'a, S: Simd>(
+    simd: S,
+    matrix: &[f32],
+    rows: usize,
+    width: usize,
+    out: &'a mut Vec<f32>,
+) -> &'a [f32] {
     out.resize(rows * width, 0.0);
     transpose(simd, Rows::new(matrix, rows, width, width), 1.0, out, rows);
     out

@@ -25,6 +25,7 @@
 //!
 //! Source: Behrouz, Zhong, Mirrokni 2025 (Titans), whose chunks read stale errors; here they are exact.
 
+use super::backward::turn;
 use super::{Chunk, Options, Piece};
 use attn_core::simd::{Simd, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
@@ -109,14 +110,6 @@ fn multiply<S: Simd>(
     );
 }
 
-/// The matrix `[rows, width]` transposed.
-fn turn<'a>(matrix: &[f32], width: usize, out: &'a mut Vec<f32>) -> &'a [f32] {
-    let rows = matrix.len() / width.max(1);
-    out.clear();
-    out.extend((0..rows * width).map(|at| matrix[at % rows * width + at / rows]));
-    out
-}
-
 fn dot(x: &[f32], y: &[f32]) -> f64 {
     f64::from(x.iter().zip(y).map(|(x, y)| x * y).sum::<f32>())
 }
@@ -134,14 +127,13 @@ impl Momentum {
         let (n, both, width) = (x.len, o.key_dim, o.value_dim);
         let keys = both / 2;
         self.scalars.set(x);
-        let halves = |rows: &[f32], second: bool| -> Vec<f32> {
-            let from = if second { keys } else { 0 };
-            rows.chunks_exact(both).flat_map(|row| row[from..from + keys].iter().copied()).collect()
-        };
-        (self.q, self.k, self.p) = (halves(x.q, false), halves(x.k, false), halves(x.k, true));
+        for (rows, from, out) in [(x.q, 0, &mut self.q), (x.k, 0, &mut self.k), (x.k, keys, &mut self.p)] {
+            out.clear();
+            rows.chunks_exact(both).for_each(|row| out.extend_from_slice(&row[from..from + keys]));
+        }
         let (s, m) = state.split_at(keys * width);
         let Self { scalars, q, k, p, qk, pk, a, b, errors, seen, turned } = self;
-        let k_turned = turn(k, keys, turned);
+        let k_turned = turn(simd, k, n, keys, turned);
         for (rows, out) in [(&*q, &mut *qk), (&*p, &mut *pk)] {
             out.resize(n * n, 0.0);
             multiply(simd, [n, n, keys], (rows, false), k_turned, out, Start::Zero);
@@ -153,14 +145,13 @@ impl Momentum {
         }
         let weights = |c: &[f64], dots: &[f32], shift: usize, out: &mut Vec<f32>| {
             out.clear();
-            out.extend((0..n * n).map(|at| {
-                let (i, j) = (at / n, at % n);
-                if j + shift <= i {
-                    (c[(i + 1 - shift) * n + j] * scalars.eta[j]) as f32 * dots[at]
-                } else {
-                    0.0
-                }
-            }));
+            out.resize(n * n, 0.0);
+            for i in shift..n {
+                let seen = i * n..i * n + i + 1 - shift;
+                let c = c[(i + 1 - shift) * n..].iter().zip(&scalars.eta);
+                let all = out[seen.clone()].iter_mut().zip(&dots[seen]).zip(c);
+                all.for_each(|((out, dot), (c, eta))| *out = (c * eta) as f32 * dot);
+            }
         };
         weights(&scalars.c, qk, 0, a);
         weights(&scalars.c, pk, 1, b);
@@ -217,8 +208,12 @@ impl SimdOp for Forward<'_> {
 
 /// The keys times what is left of them at the end.
 fn ended(k: &[f32], keys: usize, weights: &[f64], eta: &[f64]) -> Vec<f32> {
-    let rows = k.chunks_exact(keys).zip(weights.iter().zip(eta));
-    rows.flat_map(|(row, (weight, eta))| row.iter().map(move |k| (weight * eta) as f32 * k)).collect()
+    let mut ended = k.to_vec();
+    for (row, (weight, eta)) in ended.chunks_exact_mut(keys).zip(weights.iter().zip(eta)) {
+        let left = (weight * eta) as f32;
+        row.iter_mut().for_each(|k| *k *= left);
+    }
+    ended
 }
 
 /// A chunk backwards, as [`super::Engine::backward`]; gradients of `(g_mu, eta, beta)` are those of the notes.
@@ -268,7 +263,7 @@ impl SimdOp for Backward<'_> {
                 simd,
                 [n, keys, width],
                 (errors, false),
-                turn(d_matrix, width, turned),
+                turn(simd, d_matrix, keys, width, turned),
                 &mut part,
                 Start::Zero,
             );
@@ -292,7 +287,7 @@ impl SimdOp for Backward<'_> {
         grads.v.iter_mut().zip(&d_errors).for_each(|(d, z)| *d = -z);
 
         // Scores.
-        let errors_turned = turn(errors, width, turned).to_vec();
+        let errors_turned = turn(simd, errors, n, width, turned).to_vec();
         let mut d_scores = vec![0.0; n * n];
         for (by, dots, rows, d_rows, shift) in
             [(d_reads, &*qk, &*q, &mut d_q, 0), (&d_errors[..], &*pk, &*p, &mut d_p, 1)]
@@ -337,7 +332,7 @@ impl SimdOp for Backward<'_> {
                     simd,
                     [n, keys, width],
                     (&weighed, false),
-                    turn(matrix, width, turned),
+                    turn(simd, matrix, keys, width, turned),
                     d_rows,
                     Start::Keep,
                 );
