@@ -6,7 +6,7 @@
 //!   what happens to scores ([`score`]), to weights ([`dropout`]) and to queries and keys before ([`qk_norm`]).
 //! - **The truth**: [`exact`], the textbook formula in f64; [`accuracy`], how far something is from it.
 //! - **The tools of engines**: [`simd`] (one dispatch a call), [`tile`] (the only kernels with SIMD in them),
-//!   [`merge`] (partial softmax results), [`parallel`].
+//!   [`merge`] (partial softmax results), [`parallel`], [`LargeVec`] (huge pages).
 //! - **The machine**: [`limits`], measured on demand.
 //! - **candle**: `attn_core::candle`, methods on tensors (feature `candle`, on by default).
 
@@ -19,6 +19,7 @@ pub mod dropout;
 mod element;
 mod error;
 pub mod exact;
+mod large_vec;
 pub mod limits;
 pub mod mask;
 pub mod merge;
@@ -40,6 +41,7 @@ pub use attention::{
 pub use cost::{Cost, band_pairs, softmax_flops};
 pub use element::{DType, Element};
 pub use error::{AttnError, Result};
+pub use large_vec::LargeVec;
 pub use problem::{OutMut, OutRows, Qkv, TensorView, TypedOp, TypedQkv};
 pub use profile::{Causality, Family, Growth, Profile, Target};
 pub use shape::{AttnShape, softmax_scale_or_default};

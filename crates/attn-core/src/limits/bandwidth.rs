@@ -1,6 +1,7 @@
 //! How fast threads can read: the sum of a buffer, all lanes busy.
 
 use super::repeats::best_rate;
+use crate::LargeVec;
 use crate::Result;
 use crate::simd::{Isa, Simd, SimdBase, SimdOp};
 use std::hint::black_box;
@@ -37,7 +38,11 @@ pub fn read_bandwidth(isa: Isa, threads: usize, level: Level) -> Result<f64> {
     };
     // Filled by the thread that reads it, so that it lies on that thread's memory node; and not with zeros, which the
     // operating system would hand out as one shared page.
-    let start = || Reader { floats: vec![1.0; bytes / size_of::<f32>()], at: 0 };
+    let start = || {
+        let mut floats = LargeVec::zeroed(bytes / size_of::<f32>());
+        floats.fill(1.0);
+        Reader { floats, at: 0 }
+    };
     let rate = match level {
         Level::Cache => best_rate(threads, super::FIGURE, start, |r, rounds| r.whole(isa, rounds)),
         Level::Memory => {
@@ -49,7 +54,7 @@ pub fn read_bandwidth(isa: Isa, threads: usize, level: Level) -> Result<f64> {
 
 /// A buffer and how far it has been read.
 struct Reader {
-    floats: Vec<f32>,
+    floats: LargeVec<f32>,
     at: usize,
 }
 
@@ -59,7 +64,7 @@ impl Reader {
         for _ in 0..rounds {
             black_box(isa.run(Sum(black_box(&self.floats))));
         }
-        rounds * size_of_val(self.floats.as_slice()) as u64
+        rounds * size_of_val(&*self.floats) as u64
     }
 
     /// Reads on, stretch by stretch, from the start again behind the end: what a cache still holds of a stretch has

@@ -37,6 +37,10 @@ impl Stored for bf16 {
 
     #[inline(always)]
     fn load4<S: Simd>(simd: S, from: &[Self]) -> [S::f32s; 4] {
+        #[cfg(target_arch = "x86_64")]
+        if let fearless_simd::Level::Avx512(token) = simd.level() {
+            return x86::quarters(simd, token, from.reinterpret_cast(), x86::bf16);
+        }
         words::<S>(simd, from.reinterpret_cast()).map(
             #[inline(always)]
             |word| (word << 16).bitcast(),
@@ -52,7 +56,9 @@ impl Stored for f16 {
         let bits = from.reinterpret_cast();
         #[cfg(target_arch = "x86_64")]
         match simd.level() {
-            fearless_simd::Level::Avx512(token) => return x86::avx512::<S>(simd, token, bits),
+            fearless_simd::Level::Avx512(token) => {
+                return x86::quarters(simd, token, bits, x86::f16);
+            }
             fearless_simd::Level::Avx2(token) => return x86::avx2::<S>(simd, token, bits),
             _ => {}
         }
@@ -75,6 +81,10 @@ impl Stored for i8 {
 
     #[inline(always)]
     fn load4<S: Simd>(simd: S, from: &[Self]) -> [S::f32s; 4] {
+        #[cfg(target_arch = "x86_64")]
+        if let fearless_simd::Level::Avx512(token) = simd.level() {
+            return x86::quarters(simd, token, from, x86::int8);
+        }
         let (low, high) = S::i8s::from_slice(simd, &from[..S::i8s::LEN]).widen();
         let ((a, b), (c, d)) = (low.widen(), high.widen());
         [a.to_float(), b.to_float(), c.to_float(), d.to_float()]
@@ -90,17 +100,37 @@ fn words<S: Simd>(simd: S, from: &[u16]) -> [S::u32s; 4] {
     [a, b, c, d]
 }
 
+/// Conversions that widen straight from memory, where the general way takes three shuffles for two vectors.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use crate::simd::{Simd, SimdBase};
-    use fearless_simd::{Avx2, Avx512, SimdInto, f32x8, f32x16, u16x8, u16x16};
-    use std::arch::x86_64::{__m128i, __m256, __m256i, __m512, _mm256_cvtph_ps, _mm512_cvtph_ps};
+    use fearless_simd::{Avx2, Avx512, SimdInto, f32x8, f32x16, i8x16, u16x8, u16x16};
+    use std::arch::x86_64::{
+        __m128i, __m256, __m256i, __m512, _mm256_cvtph_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32,
+        _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_slli_epi32,
+    };
 
     fearless_simd::kernel!(
         #[inline(always)]
-        fn cvt512(token: Avx512, x: __m256i) -> __m512 {
+        fn f16_512(token: Avx512, x: __m256i) -> __m512 {
             let _ = token;
             _mm512_cvtph_ps(x)
+        }
+    );
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        fn bf16_512(token: Avx512, x: __m256i) -> __m512 {
+            let _ = token;
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
+        }
+    );
+
+    fearless_simd::kernel!(
+        #[inline(always)]
+        fn int8_512(token: Avx512, x: __m128i) -> __m512 {
+            let _ = token;
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))
         }
     );
 
@@ -113,11 +143,31 @@ mod x86 {
     );
 
     #[inline(always)]
-    pub(super) fn avx512<S: Simd>(simd: S, token: Avx512, from: &[u16]) -> [S::f32s; 4] {
+    pub(super) fn f16(token: Avx512, from: &[u16]) -> f32x16<Avx512> {
+        f16_512(token, u16x16::from_slice(token, from).into()).simd_into(token)
+    }
+
+    #[inline(always)]
+    pub(super) fn bf16(token: Avx512, from: &[u16]) -> f32x16<Avx512> {
+        bf16_512(token, u16x16::from_slice(token, from).into()).simd_into(token)
+    }
+
+    #[inline(always)]
+    pub(super) fn int8(token: Avx512, from: &[i8]) -> f32x16<Avx512> {
+        int8_512(token, i8x16::from_slice(token, from).into()).simd_into(token)
+    }
+
+    /// Four vectors by `convert`.
+    #[inline(always)]
+    pub(super) fn quarters<S: Simd, E>(
+        simd: S,
+        token: Avx512,
+        from: &[E],
+        convert: impl Fn(Avx512, &[E]) -> f32x16<Avx512>,
+    ) -> [S::f32s; 4] {
         let mut four = [S::f32s::splat(simd, 0.0); 4];
         for (vector, from) in four.iter_mut().zip(from[..64].chunks_exact(16)) {
-            let wide: f32x16<Avx512> = cvt512(token, u16x16::from_slice(token, from).into()).simd_into(token);
-            *vector = S::f32s::from_slice(simd, wide.as_slice());
+            *vector = S::f32s::from_slice(simd, convert(token, from).as_slice());
         }
         four
     }
@@ -135,7 +185,7 @@ mod x86 {
 
 /// The first `4 LEN` numbers of `from`, or as many as there are and then zeros.
 #[inline(always)]
-pub fn load4_padded<S: Simd, E: Stored>(simd: S, from: &[E]) -> [S::f32s; 4] {
+fn load4_padded<S: Simd, E: Stored>(simd: S, from: &[E]) -> [S::f32s; 4] {
     let width = 4 * S::f32s::LEN;
     if from.len() >= width {
         return E::load4(simd, from);

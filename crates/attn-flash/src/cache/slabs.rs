@@ -2,17 +2,18 @@
 
 use super::CacheKind;
 use crate::engine::KvView;
-use attn_core::{Element, Result, TensorView, View};
+use attn_core::{Element, LargeVec, Result, TensorView, View};
+use bytemuck::Pod;
 use half::{bf16, f16};
 use std::ops::Range;
 
 #[derive(Debug, Clone)]
 enum Numbers {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
+    F32(LargeVec<f32>),
+    Bf16(LargeVec<bf16>),
+    F16(LargeVec<f16>),
     /// With a scale for each row.
-    Int8(Vec<i8>, Vec<f32>),
+    Int8(LargeVec<i8>, LargeVec<f32>),
 }
 
 /// Row `t` of slab `s` starts at `(s * capacity + t) * width`.
@@ -28,29 +29,29 @@ impl Slabs {
     pub(super) fn new(kind: CacheKind, n_slabs: usize, capacity: usize, width: usize) -> Self {
         let n = n_slabs * capacity * width;
         let numbers = match kind {
-            CacheKind::F32 => Numbers::F32(vec![0.0; n]),
-            CacheKind::Bf16 => Numbers::Bf16(vec![bf16::ZERO; n]),
-            CacheKind::F16 => Numbers::F16(vec![f16::ZERO; n]),
-            CacheKind::Int8 => Numbers::Int8(vec![0; n], vec![0.0; n_slabs * capacity]),
+            CacheKind::F32 => Numbers::F32(LargeVec::zeroed(n)),
+            CacheKind::Bf16 => Numbers::Bf16(LargeVec::zeroed(n)),
+            CacheKind::F16 => Numbers::F16(LargeVec::zeroed(n)),
+            CacheKind::Int8 => Numbers::Int8(LargeVec::zeroed(n), LargeVec::zeroed(n_slabs * capacity)),
         };
         Self { numbers, n_slabs, capacity, width }
     }
 
     pub(super) fn bytes(&self) -> usize {
         match &self.numbers {
-            Numbers::F32(x) => size_of_val(x.as_slice()),
-            Numbers::Bf16(x) => size_of_val(x.as_slice()),
-            Numbers::F16(x) => size_of_val(x.as_slice()),
-            Numbers::Int8(x, scales) => size_of_val(x.as_slice()) + size_of_val(scales.as_slice()),
+            Numbers::F32(x) => size_of_val(&**x),
+            Numbers::Bf16(x) => size_of_val(&**x),
+            Numbers::F16(x) => size_of_val(&**x),
+            Numbers::Int8(x, scales) => size_of_val(&**x) + size_of_val(&**scales),
         }
     }
 
     /// Room for `capacity` rows a slab, of which the first `len` are kept.
     pub(super) fn set_capacity(&mut self, capacity: usize, len: usize) {
         let (n_slabs, old, width) = (self.n_slabs, self.capacity, self.width);
-        fn moved<T: Copy>(x: &[T], zero: T, n_slabs: usize, slabs: [usize; 2], kept: usize) -> Vec<T> {
+        fn moved<T: Pod>(x: &[T], n_slabs: usize, slabs: [usize; 2], kept: usize) -> LargeVec<T> {
             let [old, new] = slabs;
-            let mut to = vec![zero; n_slabs * new];
+            let mut to = LargeVec::zeroed(n_slabs * new);
             for s in 0..n_slabs {
                 to[s * new..][..kept].copy_from_slice(&x[s * old..][..kept]);
             }
@@ -58,12 +59,12 @@ impl Slabs {
         }
         let slabs = [old * width, capacity * width];
         match &mut self.numbers {
-            Numbers::F32(x) => *x = moved(x, 0.0, n_slabs, slabs, len * width),
-            Numbers::Bf16(x) => *x = moved(x, bf16::ZERO, n_slabs, slabs, len * width),
-            Numbers::F16(x) => *x = moved(x, f16::ZERO, n_slabs, slabs, len * width),
+            Numbers::F32(x) => *x = moved(x, n_slabs, slabs, len * width),
+            Numbers::Bf16(x) => *x = moved(x, n_slabs, slabs, len * width),
+            Numbers::F16(x) => *x = moved(x, n_slabs, slabs, len * width),
             Numbers::Int8(x, scales) => {
-                *x = moved(x, 0, n_slabs, slabs, len * width);
-                *scales = moved(scales, 0.0, n_slabs, [old, capacity], len);
+                *x = moved(x, n_slabs, slabs, len * width);
+                *scales = moved(scales, n_slabs, [old, capacity], len);
             }
         }
         self.capacity = capacity;
@@ -73,12 +74,12 @@ impl Slabs {
     pub(super) fn set_slabs(&mut self, n_slabs: usize) {
         let n = n_slabs * self.capacity * self.width;
         match &mut self.numbers {
-            Numbers::F32(x) => x.resize(n, 0.0),
-            Numbers::Bf16(x) => x.resize(n, bf16::ZERO),
-            Numbers::F16(x) => x.resize(n, f16::ZERO),
+            Numbers::F32(x) => x.resize(n),
+            Numbers::Bf16(x) => x.resize(n),
+            Numbers::F16(x) => x.resize(n),
             Numbers::Int8(x, scales) => {
-                x.resize(n, 0);
-                scales.resize(n_slabs * self.capacity, 0.0);
+                x.resize(n);
+                scales.resize(n_slabs * self.capacity);
             }
         }
         self.n_slabs = n_slabs;

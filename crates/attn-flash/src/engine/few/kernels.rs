@@ -1,0 +1,470 @@
+//! The inner loops of decoding, over rows in the type they are stored in.
+//!
+//! Channels are taken in [`Groups`] of four vectors, keys one vector of scores at a time.
+
+use super::super::rows::HeadRows;
+use super::{BLOCK, FEW};
+use attn_core::simd::{Simd, SimdBase, SimdFloat};
+use attn_core::tile::{MAX_LANES, Stored, exp2};
+use attn_core::view::Rows;
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+/// Channels in groups of four vectors. Where the width is no multiple of a group, the last group ends with the last
+/// channel and begins with some that the group before has too: queries hold zeros there, and what the accumulators get
+/// there is not used. A head that is narrower than a group is filled up with zeros.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Groups {
+    width: usize,
+    /// Channels of a group.
+    step: usize,
+    len: usize,
+}
+
+impl Groups {
+    #[inline(always)]
+    pub(super) fn of<S: Simd>(width: usize) -> Self {
+        let step = 4 * S::f32s::LEN;
+        Self { width, step, len: width.div_ceil(step) }
+    }
+
+    /// Numbers that all groups hold together.
+    pub(super) fn numbers(self) -> usize {
+        self.len * self.step
+    }
+
+    pub(super) fn is_narrow(self) -> bool {
+        self.width < self.step
+    }
+
+    /// First channel of group `g`.
+    #[inline(always)]
+    fn start(self, g: usize) -> usize {
+        (g * self.step).min(self.width.saturating_sub(self.step))
+    }
+
+    /// Channels of the last group that the group before has too.
+    fn overlap(self) -> usize {
+        if self.is_narrow() { 0 } else { self.numbers() - self.width }
+    }
+
+    /// Where channel `c` lies among the numbers.
+    pub(super) fn place(self, c: usize) -> usize {
+        if c / self.step + 1 == self.len { c + self.overlap() } else { c }
+    }
+
+    /// Brings `[width]` numbers to their places, with zeros in all other ones.
+    pub(super) fn spread(self, numbers: &mut [f32]) {
+        let last = self.numbers().saturating_sub(self.step);
+        numbers.copy_within(last..self.width, last + self.overlap());
+        numbers[last..last + self.overlap()].fill(0.0);
+    }
+
+    /// Brings the numbers back together.
+    pub(super) fn compact(self, numbers: &mut [f32]) -> &[f32] {
+        let last = self.numbers().saturating_sub(self.step);
+        numbers.copy_within(last + self.overlap()..last + self.overlap() + self.width - last, last);
+        &numbers[..self.width]
+    }
+}
+
+/// Running maximum and sum of one query, as in `online_softmax`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running {
+    pub(super) max: f32,
+    pub(super) sum: f32,
+}
+
+impl Running {
+    /// `m`, or 0 before anything was seen.
+    fn reference(&self) -> f32 {
+        if self.max == f32::NEG_INFINITY { 0.0 } else { self.max }
+    }
+}
+
+/// Turns the scores of one query into weights, and brings its sum and accumulator to the new reference.
+#[inline(always)]
+pub(super) fn weigh<S: Simd>(simd: S, scores: &mut [f32], running: &mut Running, acc: &mut [f32]) {
+    let mut max = S::f32s::splat(simd, f32::NEG_INFINITY);
+    each_vector(
+        simd,
+        scores,
+        #[inline(always)]
+        |scores| {
+            max = scores.max_precise(max);
+            scores
+        },
+    );
+    let max = max.reduce_max_precise();
+    if max > running.max {
+        let moved = Running { max, ..*running };
+        let factor = if running.sum == 0.0 { 0.0 } else { (running.max - moved.reference()).exp() };
+        running.sum *= factor;
+        let factor = S::f32s::splat(simd, factor);
+        for acc in acc.chunks_exact_mut(S::f32s::LEN) {
+            (S::f32s::from_slice(simd, acc) * factor).store_slice(acc);
+        }
+        running.max = max;
+    }
+    let reference = S::f32s::splat(simd, running.reference());
+    let mut sum = S::f32s::splat(simd, 0.0);
+    each_vector(
+        simd,
+        scores,
+        #[inline(always)]
+        |scores| {
+            let weight = exp2(simd, (scores - reference) * LOG2_E);
+            sum += weight;
+            weight
+        },
+    );
+    running.sum += sum.reduce_sum();
+}
+
+/// Replaces scores by what `change` makes of them, a vector at a time; the last one is filled up with -inf.
+#[inline(always)]
+fn each_vector<S: Simd>(simd: S, scores: &mut [f32], mut change: impl FnMut(S::f32s) -> S::f32s) {
+    let mut vectors = scores.chunks_exact_mut(S::f32s::LEN);
+    for scores in &mut vectors {
+        change(S::f32s::from_slice(simd, scores)).store_slice(scores);
+    }
+    let rest = vectors.into_remainder();
+    if !rest.is_empty() {
+        let mut padded = [f32::NEG_INFINITY; MAX_LANES];
+        padded[..rest.len()].copy_from_slice(rest);
+        let padded = &mut padded[..S::f32s::LEN];
+        change(S::f32s::from_slice(simd, padded)).store_slice(padded);
+        rest.copy_from_slice(&padded[..rest.len()]);
+    }
+}
+
+/// Work for `L` queries at a time, whatever the rows' storage type.
+pub(super) trait LaneOp {
+    fn run<S: Simd, const L: usize>(self, simd: S);
+}
+
+/// Three queries run as four: buffers hold [`FEW`] of them.
+#[inline(always)]
+pub(super) fn with_lanes<S: Simd>(n_lanes: usize, simd: S, op: impl LaneOp) {
+    match n_lanes {
+        1 => op.run::<S, 1>(simd),
+        2 => op.run::<S, 2>(simd),
+        _ => op.run::<S, FEW>(simd),
+    }
+}
+
+/// What stored rows are to be multiplied with.
+#[derive(Debug, Clone, Copy)]
+struct Scales<'a> {
+    /// `[blocks, 1]`.
+    scales: Rows<'a, f32>,
+    block: usize,
+    first: usize,
+}
+
+impl Scales<'_> {
+    /// Multiplies `numbers[i]` with the scale of row `row + i`.
+    #[inline(always)]
+    fn apply(self, row: usize, numbers: &mut [f32]) {
+        let first = self.first + row;
+        let dense = self.scales.data().get(first..first + numbers.len());
+        if let Some(scales) = dense
+            && self.block == 1
+            && self.scales.stride() == 1
+        {
+            numbers.iter_mut().zip(scales).for_each(|(x, scale)| *x *= scale);
+            return;
+        }
+        for (i, x) in numbers.iter_mut().enumerate() {
+            *x *= self.scales.row((first + i) / self.block)[0];
+        }
+    }
+}
+
+/// Keys that every query sees.
+pub(super) struct Plain<'a, 's> {
+    pub(super) k: HeadRows<'a>,
+    pub(super) v: HeadRows<'a>,
+    pub(super) q: &'s [f32],
+    pub(super) running: &'s mut [Running; FEW],
+    pub(super) scores: &'s mut [f32],
+    pub(super) acc: &'s mut [f32],
+}
+
+impl LaneOp for Plain<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const L: usize>(self, simd: S) {
+        match (self.k, self.v) {
+            (HeadRows::F32(k), HeadRows::F32(v)) => self.rows::<S, _, L>(simd, k, v, None),
+            (HeadRows::Bf16(k), HeadRows::Bf16(v)) => self.rows::<S, _, L>(simd, k, v, None),
+            (HeadRows::F16(k), HeadRows::F16(v)) => self.rows::<S, _, L>(simd, k, v, None),
+            (
+                HeadRows::Int8 { rows: k, scales, block, first },
+                HeadRows::Int8 { rows: v, scales: v_scales, block: v_block, first: v_first },
+            ) => {
+                let k_scales = Scales { scales, block, first };
+                let v_scales = Scales { scales: v_scales, block: v_block, first: v_first };
+                self.rows::<S, _, L>(simd, k, v, Some((k_scales, v_scales)));
+            }
+            _ => unreachable!("a problem stores its keys and values in one type"),
+        }
+    }
+}
+
+impl Plain<'_, '_> {
+    #[inline(always)]
+    fn rows<S: Simd, E: Stored, const L: usize>(
+        self,
+        simd: S,
+        k: Rows<'_, E>,
+        v: Rows<'_, E>,
+        scales: Option<(Scales<'_>, Scales<'_>)>,
+    ) {
+        let Self { q, running, scores, acc, .. } = self;
+        let numbers = Groups::of::<S>(v.width()).numbers();
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                for first in (0..k.len()).step_by(S::f32s::LEN) {
+                    let keys = first..(first + S::f32s::LEN).min(k.len());
+                    dots::<S, _, L>(simd, k, keys.clone(), q, scores);
+                    for (lane, running) in running.iter_mut().enumerate().take(L) {
+                        let scores = &mut scores[lane * BLOCK..][..keys.len()];
+                        if let Some((k_scales, _)) = scales {
+                            k_scales.apply(first, scores);
+                        }
+                        weigh(simd, scores, running, &mut acc[lane * numbers..][..numbers]);
+                        if let Some((_, v_scales)) = scales {
+                            v_scales.apply(first, scores);
+                        }
+                    }
+                    accumulate::<S, _, L>(simd, v, keys, scores, acc);
+                }
+            },
+        );
+    }
+}
+
+/// Work for one stored type of rows.
+trait RowsOp {
+    fn run<S: Simd, E: Stored>(self, simd: S, rows: Rows<'_, E>, scales: Option<Scales<'_>>);
+}
+
+#[inline(always)]
+fn with_stored<S: Simd>(simd: S, rows: HeadRows<'_>, op: impl RowsOp) {
+    match rows {
+        HeadRows::F32(rows) => op.run(simd, rows, None),
+        HeadRows::Bf16(rows) => op.run(simd, rows, None),
+        HeadRows::F16(rows) => op.run(simd, rows, None),
+        HeadRows::Int8 { rows, scales, block, first } => {
+            op.run(simd, rows, Some(Scales { scales, block, first }));
+        }
+    }
+}
+
+/// `scores[l * BLOCK + j] = q_l . row_j`.
+pub(super) struct Scores<'a, 's> {
+    pub(super) rows: HeadRows<'a>,
+    pub(super) q: &'s [f32],
+    pub(super) scores: &'s mut [f32],
+}
+
+impl LaneOp for Scores<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const L: usize>(self, simd: S) {
+        with_stored(simd, self.rows, ScoresOf::<L> { q: self.q, scores: self.scores });
+    }
+}
+
+struct ScoresOf<'s, const L: usize> {
+    q: &'s [f32],
+    scores: &'s mut [f32],
+}
+
+impl<const L: usize> RowsOp for ScoresOf<'_, L> {
+    #[inline(always)]
+    fn run<S: Simd, E: Stored>(self, simd: S, rows: Rows<'_, E>, scales: Option<Scales<'_>>) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                dots::<S, _, L>(simd, rows, 0..rows.len(), self.q, self.scores);
+                if let Some(scales) = scales {
+                    (0..L).for_each(|l| scales.apply(0, &mut self.scores[l * BLOCK..][..rows.len()]));
+                }
+            },
+        );
+    }
+}
+
+/// `acc_l += sum_j weights[l * BLOCK + j] row_j`; an int8 row's scale goes into its weight.
+pub(super) struct Values<'a, 's> {
+    pub(super) rows: HeadRows<'a>,
+    pub(super) weights: &'s mut [f32],
+    pub(super) acc: &'s mut [f32],
+}
+
+impl LaneOp for Values<'_, '_> {
+    #[inline(always)]
+    fn run<S: Simd, const L: usize>(self, simd: S) {
+        with_stored(simd, self.rows, ValuesOf::<L> { weights: self.weights, acc: self.acc });
+    }
+}
+
+struct ValuesOf<'s, const L: usize> {
+    weights: &'s mut [f32],
+    acc: &'s mut [f32],
+}
+
+impl<const L: usize> RowsOp for ValuesOf<'_, L> {
+    #[inline(always)]
+    fn run<S: Simd, E: Stored>(self, simd: S, rows: Rows<'_, E>, scales: Option<Scales<'_>>) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                if let Some(scales) = scales {
+                    (0..L).for_each(|l| scales.apply(0, &mut self.weights[l * BLOCK..][..rows.len()]));
+                }
+                accumulate::<S, _, L>(simd, rows, 0..rows.len(), self.weights, self.acc);
+            },
+        );
+    }
+}
+
+/// The products of `L` queries with rows `keys`, into the start of each lane's `scores`.
+#[inline(always)]
+fn dots<S: Simd, E: Stored, const L: usize>(
+    simd: S,
+    rows: Rows<'_, E>,
+    keys: Range<usize>,
+    q: &[f32],
+    scores: &mut [f32],
+) {
+    let (lanes, groups) = (S::f32s::LEN, Groups::of::<S>(rows.width()));
+    for first in (0..keys.len()).step_by(lanes) {
+        let n = lanes.min(keys.len() - first);
+        let mut parts = [[S::f32s::splat(simd, 0.0); MAX_LANES]; L];
+        for r in 0..n {
+            let sums = dot::<S, E, L>(simd, rows.row(keys.start + first + r), groups, q);
+            for (parts, sum) in parts.iter_mut().zip(sums) {
+                parts[r] = sum;
+            }
+        }
+        for (lane, parts) in parts.iter_mut().enumerate() {
+            let sums = lane_sums(parts);
+            let scores = &mut scores[lane * BLOCK + first..];
+            if n == lanes {
+                sums.store_slice(&mut scores[..lanes]);
+            } else {
+                scores[..n].copy_from_slice(&sums.as_slice()[..n]);
+            }
+        }
+    }
+}
+
+/// Partial sums of `q_l . row`, a vector of them for each query.
+#[inline(always)]
+fn dot<S: Simd, E: Stored, const L: usize>(simd: S, row: &[E], groups: Groups, q: &[f32]) -> [S::f32s; L] {
+    let (lanes, step) = (S::f32s::LEN, 4 * S::f32s::LEN);
+    let mut sums = [[S::f32s::splat(simd, 0.0); 2]; L];
+    for g in 0..groups.len {
+        let four = E::load4(simd, &row[groups.start(g)..][..step]);
+        for (lane, sums) in sums.iter_mut().enumerate() {
+            let q = &q[(lane * groups.len + g) * step..][..step];
+            for (i, (value, q)) in four.into_iter().zip(q.chunks_exact(lanes)).enumerate() {
+                sums[i % 2] = value.mul_add(S::f32s::from_slice(simd, q), sums[i % 2]);
+            }
+        }
+    }
+    sums.map(
+        #[inline(always)]
+        |[a, b]| a + b,
+    )
+}
+
+/// Lane `r` of the result is the sum of all lanes of `parts[r]`: neighbours are added until one vector is left.
+#[inline(always)]
+fn lane_sums<S: Simd, V: SimdFloat<S>>(parts: &mut [V; MAX_LANES]) -> V {
+    let mut n = V::LEN;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            let (even, odd) = parts[2 * i].deinterleave(parts[2 * i + 1]);
+            parts[i] = even + odd;
+        }
+    }
+    parts[0]
+}
+
+/// Adds rows `keys` by their weights, which lie at the start of each lane of `weights`.
+#[inline(always)]
+fn accumulate<S: Simd, E: Stored, const L: usize>(
+    simd: S,
+    rows: Rows<'_, E>,
+    keys: Range<usize>,
+    weights: &[f32],
+    acc: &mut [f32],
+) {
+    let groups = Groups::of::<S>(rows.width());
+    let mut g = 0;
+    while g < groups.len {
+        let sum = Sum { rows: &rows, keys: keys.clone(), groups, g };
+        if g + 2 > groups.len {
+            sum.run::<S, L, 1>(simd, weights, acc);
+            g += 1;
+            continue;
+        }
+        // Sixteen accumulators at a time leave registers for the row, and whole rows are read in order.
+        for lane in (0..L).step_by(2) {
+            let (weights, acc) = (&weights[lane * BLOCK..], &mut acc[lane * groups.numbers()..]);
+            if L == 1 {
+                sum.run::<S, 1, 2>(simd, weights, acc);
+            } else {
+                sum.run::<S, 2, 2>(simd, weights, acc);
+            }
+        }
+        g += 2;
+    }
+}
+
+/// [`accumulate`] from group `g` on.
+struct Sum<'r, 'a, E> {
+    rows: &'r Rows<'a, E>,
+    keys: Range<usize>,
+    groups: Groups,
+    g: usize,
+}
+
+impl<E: Stored> Sum<'_, '_, E> {
+    /// For `L` queries and `G` groups.
+    #[inline(always)]
+    fn run<S: Simd, const L: usize, const G: usize>(&self, simd: S, weights: &[f32], acc: &mut [f32]) {
+        let (lanes, step) = (S::f32s::LEN, 4 * S::f32s::LEN);
+        let place = |lane: usize| lane * self.groups.numbers() + self.g * step;
+        let mut sums = [[[S::f32s::splat(simd, 0.0); 4]; G]; L];
+        for (lane, sums) in sums.iter_mut().enumerate() {
+            let acc = &acc[place(lane)..][..G * step];
+            for (sum, acc) in sums.as_flattened_mut().iter_mut().zip(acc.chunks_exact(lanes)) {
+                *sum = S::f32s::from_slice(simd, acc);
+            }
+        }
+        let starts: [usize; G] = std::array::from_fn(|g| self.groups.start(self.g + g));
+        for (at, j) in self.keys.clone().enumerate() {
+            let row = self.rows.row(j);
+            for (g, start) in starts.into_iter().enumerate() {
+                let four = E::load4(simd, &row[start..][..step]);
+                for (lane, sums) in sums.iter_mut().enumerate() {
+                    let weight = S::f32s::splat(simd, weights[lane * BLOCK + at]);
+                    for (sum, value) in sums[g].iter_mut().zip(four) {
+                        *sum = value.mul_add(weight, *sum);
+                    }
+                }
+            }
+        }
+        for (lane, sums) in sums.iter().enumerate() {
+            let acc = &mut acc[place(lane)..][..G * step];
+            for (sum, acc) in sums.as_flattened().iter().zip(acc.chunks_exact_mut(lanes)) {
+                sum.store_slice(acc);
+            }
+        }
+    }
+}
