@@ -31,3 +31,8 @@ pub use flash::Flash;
 pub use naive::Naive;
 pub use registry::registry;
 pub use tiles::TileSizes;
+
+/// The snippets of the book's chapter on candle.
+#[cfg(all(doctest, feature = "candle"))]
+#[doc = include_str!("../../../docs/src/candle.md")]
+struct CandleChapter;
