@@ -1,7 +1,7 @@
 //! One call of exact attention with everything it may take besides q, k and v.
 
 use crate::Flash;
-use crate::engine::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend, attend_backward};
+use crate::engine::{ForwardResult, Grads, HalfProducts, OutputGrad, Problem, Spec, attend, attend_backward};
 use attn_core::dropout::Dropout;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{And, BandPerBatch, Mask, Pair, Predicate, SeeAll};
@@ -108,6 +108,11 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
         Self { qk_norm: Some(qk_norm), ..self }
     }
 
+    /// How the forward pass multiplies bf16 and f16.
+    pub fn half_products(self, half_products: HalfProducts) -> Self {
+        Self { flash: Flash { half_products, ..self.flash }, ..self }
+    }
+
     /// Attends `problem` and writes `out (batch, n_heads_q, n_q, head_dim_v)`, and `lse [batch, n_heads_q, n_q]` (natural
     /// log) if given. A `Qkv` is a problem; so are packed sequences, caches and pages, see [`Problem`].
     ///
@@ -176,6 +181,7 @@ impl<'a, M: Mask, C: ScoreMod> FlashCall<'a, M, C> {
             dropout: self.dropout,
             qk_norm: self.qk_norm,
             tiles: self.flash.tiles,
+            half_products: self.flash.half_products,
             ..Spec::new(softmax_scale, &mask, &score_mod)
         })
     }

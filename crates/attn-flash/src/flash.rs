@@ -1,7 +1,7 @@
 //! Exact attention for everyday use: full, causal and sliding-window masks, soft cap, grouped heads.
 
 use crate::cache::CacheKind;
-use crate::engine::{ForwardResult, Grads, OutputGrad, Problem};
+use crate::engine::{ForwardResult, Grads, HalfProducts, OutputGrad, Problem};
 use crate::stream::{CachedStream, Kept};
 use crate::tiles::TileSizes;
 use attn_core::exact::Reference;
@@ -50,6 +50,8 @@ pub struct Flash {
     pub softcap: Option<f32>,
     /// Block sizes; `None` chooses by shape.
     pub tiles: Option<TileSizes>,
+    /// How the forward pass multiplies bf16 and f16.
+    pub half_products: HalfProducts,
 }
 
 impl Flash {

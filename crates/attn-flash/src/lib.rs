@@ -27,6 +27,7 @@ pub use candle::{
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
     flash_attn_windowed,
 };
+pub use engine::HalfProducts;
 pub use flash::Flash;
 pub use naive::Naive;
 pub use registry::registry;

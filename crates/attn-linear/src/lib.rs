@@ -2,10 +2,9 @@
 //!
 //! - [`Linear`], [`LinearElu`]: kernelised attention, plain and normalised.
 //! - [`RetNet`]: a state that fades at a constant rate a head.
-//! - [`Variant`], [`LinearAttention`]: what a variant decides, and what it becomes with that.
-//! - [`engine`]: the matrix-state recurrence they are options of: chunked, recurrent, and by definition.
-//! - [`recurrent`]: gated and delta-rule variants, from GLA, Mamba-2 and RWKV to KDA and MesaNet, on the [`matrix_state`]
-//!   engine: [`matrix_state::StateVariant`] says what one decides, [`matrix_state::StateAttention`] runs it.
+//! - [`recurrent`]: gated and delta-rule variants, from GLA, Mamba-2 and RWKV to KDA and MesaNet.
+//! - [`matrix_state`]: the engine of all of these: chunked, recurrent, and by definition. [`Variant`] says what a variant
+//!   decides, [`LinearAttention`] runs it.
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
 //!   AFT-simple.
 //! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
@@ -18,10 +17,8 @@
 
 pub mod channel;
 pub mod elementwise;
-pub mod engine;
 pub mod feature_map;
 pub mod features;
-mod kernelised;
 mod linear;
 mod linear_elu;
 pub mod low_rank;
@@ -32,7 +29,6 @@ mod registry;
 mod retnet;
 pub mod scan;
 pub mod segments;
-mod variant;
 
 pub use elementwise::{
     aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru,
@@ -41,10 +37,10 @@ pub use elementwise::{
 pub use features::FeatureAttention;
 pub use linear::Linear;
 pub use linear_elu::LinearElu;
+pub use matrix_state::{StateAttention as LinearAttention, StateVariant as Variant};
 pub use registry::registry;
 pub use retnet::{Gammas, RetNet};
 pub use scan::ScanAttention;
-pub use variant::{LinearAttention, Variant};
 
 /// Tokens the chunked form handles at once, unless told otherwise.
 pub const CHUNK_LEN: usize = 64;

@@ -1,8 +1,9 @@
 //! Linear attention without feature map or normaliser: the sum of all writes, read by the query.
 
 use crate::CHUNK_LEN;
-use crate::engine::{Decay, Normaliser, Spec};
-use crate::variant::Variant;
+use crate::matrix_state::{Chunk, Extra, Given, Options, Plan, Pull, Sizes, StateVariant, Tokens};
+use crate::recurrent::{front, pull};
+use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
 /// `S_t = S_(t-1) + k_t v_t^T`, `o_t = scale S_t^T q_t`; the same as `scale q (k^T v)` without `causal`.
@@ -27,19 +28,32 @@ impl Default for Linear {
     }
 }
 
-impl Variant for Linear {
+impl StateVariant for Linear {
     const NAME: &'static str = "linear";
+    const EXTRAS: &'static [Extra] = &[];
+    const SUMMARY: &'static str =
+        "Linear attention, neither mapped nor normalised: fast weights (Schmidhuber 1992)";
+    const OPTIONS: &'static [OptionSpec] = &[OptionSpec::CAUSAL, front::SCALE, front::CHUNK];
+    const GIVEN: Given = Given::QKV;
+    const CROSS: bool = true;
+    const DIFFERENTIABLE: bool = true;
 
-    fn spec(&self, _: usize, head_dim: usize) -> Result<Spec> {
-        Ok(Spec {
-            name: Self::NAME,
-            causal: self.causal,
-            scale: softmax_scale_or_default(self.scale, head_dim)?,
-            features: None,
-            decay: Decay::None,
-            normaliser: Normaliser::None,
-            chunk_len: self.chunk_len,
-        })
+    fn from_options(options: &attn_core::registry::Options) -> Result<Self> {
+        let causal = options.get_or("causal", false)?;
+        Ok(Self { scale: front::scale(options)?, causal, chunk_len: front::chunk_len(options, CHUNK_LEN)? })
+    }
+
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        let o = Options::new(Self::NAME, sizes.head_dim, sizes.head_dim_v);
+        let scale = softmax_scale_or_default(self.scale, sizes.head_dim)?;
+        let plan = Plan::new(Options { scale, chunk_len: self.chunk_len, ..o });
+        Ok(Plan { causal: self.causal, ..plan })
+    }
+
+    fn fill(&self, _: &Tokens<'_>, _: &mut [f32], _: &mut Chunk) {}
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
     }
 
     fn is_causal(&self) -> bool {

@@ -1,6 +1,6 @@
 //! Named tensors in and out of typed inputs, for the registry's runners.
 //!
-//! Besides its inputs a runner here takes `grad_out`, the gradient by `o`, and then also gives `grad.NAME` for every input.
+//! Besides its inputs a runner here takes `grad_o`, the gradient by `o`, and then also gives `grad.NAME` for every input.
 
 use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData};
 use attn_core::{AttnError, OutMut, Result, TensorView, View, ViewMut};

@@ -5,7 +5,6 @@ use attn_core::registry::Entry;
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
     [
-        crate::kernelised::entries(),
         crate::recurrent::entries(),
         crate::elementwise::entries(),
         crate::features::entries(),

@@ -1,8 +1,11 @@
 //! Retention: linear attention whose state fades at a constant rate, another one in each head.
 
 use crate::CHUNK_LEN;
-use crate::engine::{Decay, Normaliser, Spec};
-use crate::variant::Variant;
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Given, Inputs, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width,
+};
+use crate::recurrent::{front, pull};
+use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
 
 /// The heads' decays when none are given.
@@ -18,13 +21,18 @@ pub enum Gammas {
 impl Gammas {
     /// `ln gamma_h` for every head.
     pub fn log_decay(self, n_heads: usize) -> Vec<f32> {
+        (0..n_heads).map(|head| self.of_head(head, n_heads)).collect()
+    }
+
+    /// `ln gamma_h` for one of the heads.
+    pub fn of_head(self, head: usize, n_heads: usize) -> f32 {
         let (first, last) = ((1.0f64 / 32.0).ln(), (1.0f64 / 512.0).ln());
         let step = if n_heads > 1 { (last - first) / (n_heads - 1) as f64 } else { 0.0 };
-        let fading = |h: usize| match self {
-            Self::Fla => (-5.0 - h as f64).exp2(),
-            Self::Torchscale => (first + h as f64 * step).exp(),
+        let fading = match self {
+            Self::Fla => (-5.0 - head as f64).exp2(),
+            Self::Torchscale => (first + head as f64 * step).exp(),
         };
-        (0..n_heads).map(|h| (-fading(h)).ln_1p() as f32).collect()
+        (-fading).ln_1p() as f32
     }
 }
 
@@ -85,23 +93,75 @@ impl Default for RetNet {
     }
 }
 
-impl Variant for RetNet {
-    const NAME: &'static str = "retnet";
+impl RetNet {
+    fn log_decay(&self, x: &Tokens<'_>) -> f32 {
+        match (x.extra("log_decay"), &self.log_decay) {
+            (Some(given), _) if !given.is_empty() => given.row(0)[0],
+            (_, Some(log_decay)) => log_decay[x.head],
+            _ => self.gammas.of_head(x.head, x.heads),
+        }
+    }
+}
 
-    fn spec(&self, n_heads_q: usize, head_dim: usize) -> Result<Spec> {
-        let log_decay = self.log_decay.clone().unwrap_or_else(|| self.gammas.log_decay(n_heads_q));
-        Ok(Spec {
-            name: Self::NAME,
-            causal: true,
-            scale: softmax_scale_or_default(self.scale, head_dim)?,
-            features: None,
-            decay: Decay::PerHead(log_decay),
-            normaliser: Normaliser::None,
-            chunk_len: self.chunk_len,
-        })
+fn check(log_decay: &[f32]) -> Result<()> {
+    match log_decay.iter().find(|g| g.is_nan() || **g > 0.0) {
+        Some(g) => Err(AttnError::value("log_decay", g, "at most 0 (a natural log)")),
+        None => Ok(()),
+    }
+}
+
+impl StateVariant for RetNet {
+    const NAME: &'static str = "retnet";
+    const EXTRAS: &'static [Extra] = &[Extra::head("log_decay", Width::One)];
+    const SUMMARY: &'static str =
+        "Retention: a state that fades at a constant rate a head, no group norm (Sun et al. 2023)";
+    const OPTIONS: &'static [OptionSpec] = &[
+        OptionSpec { name: "causal", default: "true", help: "always true: retention has no other form" },
+        front::SCALE,
+        OptionSpec {
+            name: "gammas",
+            default: "fla",
+            help: "decays: fla = 1 - 2^(-5-h), torchscale = 1 - 1/32 .. 1 - 1/512",
+        },
+        front::CHUNK,
+    ];
+    const GIVEN: Given = Given::QKV;
+    const CROSS: bool = true;
+    const DIFFERENTIABLE: bool = true;
+
+    fn from_options(options: &attn_core::registry::Options) -> Result<Self> {
+        front::causal_only(Self::NAME, options)?;
+        let gammas: String = options.get_or("gammas", "fla".into())?;
+        let chunk_len = front::chunk_len(options, CHUNK_LEN)?;
+        Ok(Self { scale: front::scale(options)?, gammas: gammas.parse()?, log_decay: None, chunk_len })
     }
 
-    fn is_causal(&self) -> bool {
-        true
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        if let Some(log_decay) = &self.log_decay {
+            check(log_decay)?;
+            if log_decay.len() != sizes.heads {
+                return Err(AttnError::shape("log_decay", "n_heads_q", log_decay.len(), sizes.heads));
+            }
+        }
+        let o = Options::new(Self::NAME, sizes.head_dim, sizes.head_dim_v);
+        let scale = softmax_scale_or_default(self.scale, sizes.head_dim)?;
+        Ok(Plan::new(Options { decay: Decay::Scalar, scale, chunk_len: self.chunk_len, ..o }))
+    }
+
+    fn check_inputs(&self, x: &Inputs<'_>) -> Result<()> {
+        let Some(given) = x.extra("log_decay") else { return Ok(()) };
+        let [batch, heads, _, _] = given.shape();
+        let mut all = (0..batch).flat_map(|batch| (0..heads).map(move |head| given.head(batch, head)));
+        all.try_for_each(|rows| rows.iter().try_for_each(check))
+    }
+
+    fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
+        chunk.log_decay.fill(self.log_decay(x));
+    }
+
+    fn pull(&self, _: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        // One number for all tokens: the first one's gradient is that of the chunk.
+        to.add("log_decay", 0, grads.log_decay.iter().sum());
     }
 }

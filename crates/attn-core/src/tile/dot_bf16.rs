@@ -13,6 +13,8 @@
 #![allow(unsafe_code)]
 
 use super::TileMut;
+use half::bf16;
+use std::ops::Range;
 
 /// Proof that this CPU multiplies pairs of bf16; only [`Bf16Dot::detect`] makes one.
 #[derive(Debug, Clone, Copy)]
@@ -60,12 +62,19 @@ pub struct WeightRows<'a> {
     pub scores: &'a [f32],
     /// `[pairs, stride]`: the weights, rounded to bf16.
     pub pairs: &'a mut [u32],
-    /// `[stride]`, in units of `log2`.
+    /// `[stride]`, natural logarithms as the scores.
     pub reference: &'a [f32],
     /// `[stride]`: the sums of the rounded weights are added.
     pub sums: &'a mut [f32],
+    /// The largest weight that is taken; [`WeightRows::ANY`] for no bound.
+    pub most: bf16,
     /// From one row to the next.
     pub stride: usize,
+}
+
+impl WeightRows<'_> {
+    /// No bound: above every weight, NaN of either sign included.
+    pub const ANY: bf16 = bf16::from_bits(0xffff);
 }
 
 /// Lanes of the vectors: numbers of columns are multiples of it.
@@ -123,21 +132,28 @@ impl Bf16Dot {
         }
     }
 
-    /// `weight = 2^(score log2 e - reference)`, rounded to the nearest bf16, for `lanes` columns; 0 for a score of -inf and
+    /// `weight = e^(score - reference)`, rounded to the nearest bf16, for the columns `lanes`; 0 for a score of -inf and
     /// below 2^-126, NaN for NaN. The power has a relative error of 8e-5, a fortieth of what the rounding may add.
     ///
+    /// Returns whether all of them are at most `most`. If not, `sums` is as it was: the caller has to move the reference.
+    ///
     /// # Panics
-    /// If `lanes` is no multiple of 16 or a slice is too short for the rows of `scores`, which must be even in number.
-    pub fn weights(self, rows: WeightRows<'_>, lanes: usize) {
-        let WeightRows { scores, pairs, reference, sums, stride } = &rows;
-        assert!(lanes.is_multiple_of(LANES) && lanes <= *stride, "{lanes} lanes of {stride}");
+    /// If `lanes` does not start and end with multiples of 16 or a slice is too short for the rows of `scores`, which must
+    /// be even in number.
+    pub fn weights(self, rows: WeightRows<'_>, lanes: Range<usize>) -> bool {
+        let WeightRows { scores, pairs, reference, sums, stride, .. } = &rows;
+        let whole = lanes.start.is_multiple_of(LANES) && lanes.end.is_multiple_of(LANES);
+        assert!(whole && lanes.start <= lanes.end && lanes.end <= *stride, "lanes {lanes:?} of {stride}");
         assert!(scores.len().is_multiple_of(2 * stride), "{} scores in pairs of {stride}", scores.len());
         assert!(pairs.len() >= scores.len() / 2, "{} pairs for {} scores", pairs.len(), scores.len());
-        assert!(reference.len() >= lanes && sums.len() >= lanes, "a reference and a sum for each lane");
+        assert!(
+            reference.len() >= lanes.end && sums.len() >= lanes.end,
+            "a reference and a sum for each lane"
+        );
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `self` proves the instructions; the asserts above are what the kernel relies on.
         unsafe {
-            x86::weights(rows, lanes);
+            x86::weights(rows, lanes)
         }
         #[cfg(not(target_arch = "x86_64"))]
         match self.0 {}
@@ -149,6 +165,7 @@ mod x86 {
     use super::{Finish, LANES, PairLhs, PairRhs, TileMut, WeightRows};
     use std::arch::x86_64::*;
     use std::f32::consts::LOG2_E;
+    use std::ops::Range;
 
     /// Coefficients of `f^0 .. f^3` for `2^f` on `[0, 1]`, relative error 7.5e-5 (Remez exchange).
     const P: [f32; 4] = [0.999_925_2, 0.695_833_54, 0.226_067_16, 0.078_024_52];
@@ -276,22 +293,23 @@ mod x86 {
     }
 
     /// # Safety
-    /// The CPU must have the features; `lanes` is a multiple of 16, and each slice has a number for every lane of the
-    /// (even number of) rows of scores.
+    /// The CPU must have the features; `lanes` are whole vectors, and each slice has a number for every lane of the (even
+    /// number of) rows of scores.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
-    pub(super) unsafe fn weights(rows: WeightRows<'_>, lanes: usize) {
-        let WeightRows { scores, pairs, reference, sums, stride } = rows;
+    pub(super) unsafe fn weights(rows: WeightRows<'_>, lanes: Range<usize>) -> bool {
+        let WeightRows { scores, pairs, reference, sums, most, stride } = rows;
         // Word 2l is number l of the first row, word 2l + 1 that of the second.
         let interleave: [u16; 32] = std::array::from_fn(|w| (w / 2 + 16 * (w % 2)) as u16);
         let ones = _mm512_set1_epi32(0x3f80_3f80);
-        for lane in (0..lanes).step_by(LANES) {
+        let most = _mm512_set1_epi16(most.to_bits() as i16);
+        for lane in lanes.step_by(LANES) {
             // SAFETY: each read and write is 16 numbers from `lane` of a row, inside by the caller's promise;
             // `interleave` has 64 bytes.
             unsafe {
                 let interleave = _mm512_loadu_si512(interleave.as_ptr().cast());
                 let reference = _mm512_loadu_ps(reference.as_ptr().add(lane));
                 let sum_at = sums.as_mut_ptr().add(lane);
-                let mut sum = _mm512_setzero_ps();
+                let (mut sum, mut largest) = (_mm512_setzero_ps(), _mm512_setzero_si512());
                 for p in 0..scores.len() / (2 * stride) {
                     let first = scores.as_ptr().add(2 * p * stride + lane);
                     let even = exp2(_mm512_loadu_ps(first), reference);
@@ -299,18 +317,25 @@ mod x86 {
                     let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
                     let pair = _mm512_permutexvar_epi16(interleave, halves);
                     _mm512_storeu_si512(pairs.as_mut_ptr().add(p * stride + lane).cast(), pair);
+                    // Weights are not negative: their bits are ordered as they are, NaN above all.
+                    largest = _mm512_max_epu16(largest, pair);
                     sum = _mm512_dpbf16_ps(sum, bits(pair), bits(ones));
+                }
+                if _mm512_cmpgt_epu16_mask(largest, most) != 0 {
+                    return false;
                 }
                 _mm512_storeu_ps(sum_at, _mm512_add_ps(sum, _mm512_loadu_ps(sum_at)));
             }
         }
+        true
     }
 
-    /// `2^(score log2 e - reference)`: `2^floor(x)` times the polynomial of `x - floor(x)`.
+    /// `e^(score - reference) = 2^x`: `2^floor(x)` times the polynomial of `x - floor(x)`. The difference comes first, so
+    /// that scores of any size keep their digits.
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq")]
     fn exp2(score: __m512, reference: __m512) -> __m512 {
-        let x = _mm512_fmsub_ps(score, _mm512_set1_ps(LOG2_E), reference);
+        let x = _mm512_mul_ps(_mm512_sub_ps(score, reference), _mm512_set1_ps(LOG2_E));
         let f = _mm512_reduce_ps::<1>(x); // x - floor(x); 0 for infinities
         let p = _mm512_fmadd_ps(_mm512_set1_ps(P[3]), f, _mm512_set1_ps(P[2]));
         let p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(P[1]));
@@ -331,7 +356,6 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
 
     fn numbers(len: usize, seed: f32) -> Vec<bf16> {
         (0..len).map(|i| bf16::from_f32(((i as f32 + 1.0) * seed).sin())).collect()
@@ -423,6 +447,7 @@ mod tests {
         let mut scores: Vec<f32> = (0..10 * stride).map(|i| (i as f32 * 0.7).sin() * 40.0 - 38.0).collect();
         scores[3] = f32::NEG_INFINITY;
         scores[stride + 4] = f32::NAN;
+        scores[stride + 6] = -f32::NAN;
         scores[5] = -100.0;
         let reference: Vec<f32> = (0..stride).map(|l| l as f32 * 0.1).collect();
         for lanes in [16, 32] {
@@ -432,9 +457,10 @@ mod tests {
                 pairs: &mut got,
                 reference: &reference,
                 sums: &mut sums,
+                most: WeightRows::ANY,
                 stride,
             };
-            dot.weights(rows, lanes);
+            assert!(dot.weights(rows, 0..lanes));
             for lane in 0..stride {
                 let mut sum = 1.0;
                 for key in 0..10 {
@@ -443,8 +469,8 @@ mod tests {
                         assert_eq!(weight.to_bits(), u16::MAX, "lane {lane} is written");
                         continue;
                     }
-                    let x = f64::from(scores[key * stride + lane]) * std::f64::consts::LOG2_E;
-                    let x = x - f64::from(reference[lane]);
+                    let x = f64::from(scores[key * stride + lane]) - f64::from(reference[lane]);
+                    let x = x * std::f64::consts::LOG2_E;
                     if x.is_nan() {
                         assert!(weight.is_nan(), "NaN must reach its lane");
                     } else if x < -126.1 {
@@ -463,6 +489,26 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_weight_above_the_bound_leaves_the_sums_alone() {
+        let Some(dot) = detect() else { return };
+        let mut scores = vec![0.0f32; 6 * 32];
+        let run = |scores: &[f32], lanes| {
+            let (mut pairs, mut sums) = (vec![0; 3 * 32], vec![1.0; 32]);
+            let (reference, most) = (&[0.0; 32], bf16::from_f32(256.0));
+            let rows = WeightRows { scores, pairs: &mut pairs, reference, sums: &mut sums, most, stride: 32 };
+            (dot.weights(rows, lanes), sums)
+        };
+        assert_eq!(run(&scores, 0..32), (true, vec![7.0; 32]));
+        for score in [5.6, 100.0, f32::INFINITY, f32::NAN, -f32::NAN] {
+            scores[4 * 32 + 20] = score;
+            assert_eq!(run(&scores, 16..32), (false, vec![1.0; 32]), "{score}");
+            assert!(run(&scores, 0..16).0, "{score} is in another lane");
+        }
+        scores[4 * 32 + 20] = 5.545;
+        assert!(run(&scores, 16..32).0, "e^5.545 is 256");
     }
 
     #[test]

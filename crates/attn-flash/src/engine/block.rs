@@ -8,12 +8,14 @@
 //! O^T = O^T + V^T P^T        [head_dim_v, 32]  outputs, not yet divided
 //! ```
 //!
-//! K and V are read where the caller keeps them (half types, pages and scattered keys through a gathered block).
+//! K and V are read where the caller keeps them (half types, pages and scattered keys through a gathered block). Where all
+//! are bf16 both products may be of bf16 pairs, see `native_bf16`.
 
 use super::Spec;
 use super::chunks::{for_each_chunk, share_of, union};
 use super::few::{self, FEW, FewScratch};
 use super::finish::emit;
+use super::native_bf16::NativeBf16;
 use super::panel::Panel;
 use super::problem::Problem;
 use super::rows::Wide;
@@ -24,7 +26,7 @@ use attn_core::dropout::Dropout;
 use attn_core::mask::{Cover, Mask};
 use attn_core::score::{ScoreMod, ScoreTile};
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
+use attn_core::tile::{Bf16Dot, Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
 use attn_core::view::Rows;
 use std::ops::Range;
 
@@ -36,7 +38,7 @@ pub(super) struct Workspace {
     panels: Vec<Panel>,
     /// `[PANEL, head_dim or head_dim_v]`: queries that are gathered or widened, then outputs.
     rows: Vec<f32>,
-    /// `[block_kv, PANEL]`.
+    /// `[block_kv, PANEL]`, one row more if `block_kv` is odd.
     scores: Vec<f32>,
     /// `[block_kv, head_dim]` and `[block_kv, head_dim_v]`, for keys that are not read in place.
     wide_k: Vec<f32>,
@@ -46,23 +48,26 @@ pub(super) struct Workspace {
     /// `[block_kv]`, what the scores of a key are multiplied with; empty without a norm.
     key_scale: Vec<f32>,
     few: FewScratch,
+    /// Where both products are of bf16 pairs.
+    native: Option<NativeBf16>,
 }
 
 impl Workspace {
-    pub(super) fn new(problem: &Problem<'_>, tiles: TileSizes) -> Self {
+    pub(super) fn new(problem: &Problem<'_>, tiles: TileSizes, dot: Option<Bf16Dot>) -> Self {
         let shape = problem.shape();
         let n_panels = tiles.block_q().min(shape.n_q * shape.group_size()).div_ceil(PANEL);
         let block_kv = tiles.block_kv().min(shape.n_kv);
         Self {
             panels: (0..n_panels).map(|_| Panel::new(shape.head_dim, shape.head_dim_v)).collect(),
             rows: Vec::new(),
-            scores: vec![0.0; block_kv * PANEL],
+            scores: vec![0.0; block_kv.next_multiple_of(2) * PANEL],
             // Untouched pages of these cost nothing when keys are read in place.
             wide_k: vec![0.0; block_kv * shape.head_dim],
             wide_v: vec![0.0; block_kv * shape.head_dim_v],
             finite_v: Vec::new(),
             key_scale: Vec::new(),
             few: FewScratch::default(),
+            native: dot.map(|dot| NativeBf16::new(dot, &shape)),
         }
     }
 }
@@ -91,11 +96,14 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
             return few::attend(simd, problem, spec, &mut workspace.few, task);
         }
 
-        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, .. } = workspace;
+        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, native, .. } = workspace;
         let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
         for (p, panel) in panels.iter_mut().enumerate() {
             let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
             panel.start(simd, problem, spec, &task, lanes, rows);
+        }
+        if let Some(native) = native {
+            native.start(panels, problem, task.sequence);
         }
 
         let mut spans = match &*panels {
@@ -108,21 +116,22 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let key_bias = spec.key_bias_of(problem, &task);
         let tile = Tile { spec, key_bias, shape };
         for_each_chunk(&spans, tiles.block_kv(), |ranges| {
-            let k = k_rows.wide(ranges, wide_k);
-            let v = v_rows.wide(ranges, wide_v);
             key_scale.clear();
-            if let Some(norm) = &spec.qk_norm {
+            let packed = native
+                .as_mut()
+                .and_then(|native| native.pack(simd, (&k_rows, &v_rows), ranges).then_some(native));
+            let mut rows = match packed {
+                Some(native) => KeyRowsOf::Pairs(native),
+                None => KeyRowsOf::Wide { k: k_rows.wide(ranges, wide_k), v: v_rows.wide(ranges, wide_v) },
+            };
+            if let (Some(norm), KeyRowsOf::Wide { k, .. }) = (&spec.qk_norm, &rows) {
                 let n_keys = ranges.iter().map(Range::len).sum();
                 key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
             }
-            for panel in &mut *panels {
+            for (p, panel) in panels.iter_mut().enumerate() {
                 let [keys] = ranges else {
-                    tile.attend(
-                        simd,
-                        panel,
-                        Keys { ranges, k, v, scale: key_scale },
-                        TileScratch { scores, finite_v },
-                    );
+                    let keys = Keys { ranges, skip: 0, scale: key_scale };
+                    tile.attend(simd, (p, panel), keys, &mut rows, TileScratch { scores, finite_v });
                     continue;
                 };
                 for at in 0..panel.spans.len() {
@@ -131,8 +140,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                     if !seen.is_empty() {
                         let skip = seen.start - keys.start;
                         let scale = &key_scale[skip.min(key_scale.len())..];
-                        let keys = Keys { ranges: &[seen], k: k.skip(skip), v: v.skip(skip), scale };
-                        tile.attend(simd, panel, keys, TileScratch { scores, finite_v });
+                        let keys = Keys { ranges: &[seen], skip, scale };
+                        tile.attend(simd, (p, panel), keys, &mut rows, TileScratch { scores, finite_v });
                     }
                 }
             }
@@ -141,11 +150,17 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
     }
 }
 
-/// Keys that a panel meets, and their rows: `k` and `v` start at the first of them.
+/// The keys and values of a chunk.
+enum KeyRowsOf<'a> {
+    Wide { k: Wide<'a>, v: Wide<'a> },
+    Pairs(&'a mut NativeBf16),
+}
+
+/// Keys of a chunk that a panel meets.
 struct Keys<'a> {
     ranges: &'a [Range<usize>],
-    k: Wide<'a>,
-    v: Wide<'a>,
+    /// Keys of the chunk before the first of them.
+    skip: usize,
     /// What the scores of each key are multiplied with; empty is 1.
     scale: &'a [f32],
 }
@@ -191,16 +206,52 @@ struct Tile<'a, M: ?Sized, C: ?Sized> {
 impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
     /// One panel against `keys`.
     #[inline(always)]
-    fn attend<S: Simd>(&self, simd: S, panel: &mut Panel, keys: Keys<'_>, scratch: TileScratch<'_>) {
+    fn attend<S: Simd>(
+        &self,
+        simd: S,
+        (p, panel): (usize, &mut Panel),
+        keys: Keys<'_>,
+        rows: &mut KeyRowsOf<'_>,
+        scratch: TileScratch<'_>,
+    ) {
         let mut covers = keys.ranges.iter().map(|range| panel.cover(self.spec.mask, range));
         let first = covers.next().unwrap_or(Cover::Empty);
         let cover = if covers.all(|cover| cover == first) { first } else { Cover::Partial };
         if cover != Cover::Empty {
             simd.vectorize(
                 #[inline(always)]
-                || self.attend_seen(simd, panel, keys, scratch, cover),
+                || match rows {
+                    KeyRowsOf::Wide { k, v } => {
+                        let (k, v) = (k.skip(keys.skip), v.skip(keys.skip));
+                        self.attend_seen(simd, panel, keys, (k, v), scratch, cover);
+                    }
+                    KeyRowsOf::Pairs(native) => {
+                        self.attend_pairs(simd, (p, panel), keys, native, scratch.scores, cover);
+                    }
+                },
             );
         }
+    }
+
+    /// [`Tile::attend_seen`] with products of bf16 pairs.
+    #[inline(always)]
+    fn attend_pairs<S: Simd>(
+        &self,
+        simd: S,
+        (p, panel): (usize, &mut Panel),
+        keys: Keys<'_>,
+        native: &mut NativeBf16,
+        scores: &mut [f32],
+        cover: Cover,
+    ) {
+        let lanes = panel.n_lanes.next_multiple_of(S::f32s::LEN);
+        let rows = keys.skip..keys.skip + keys.len();
+        let (scores, seen) = native.scores(p, rows.clone(), lanes, self.spec.softmax_scale, scores);
+        self.modify(simd, &mut scores[seen.clone()], panel, &keys);
+        if cover == Cover::Partial {
+            self.hide(&mut scores[seen], panel, &keys);
+        }
+        native.absorb(simd, panel, rows, lanes, scores);
     }
 
     #[inline(always)]
@@ -209,10 +260,11 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         simd: S,
         panel: &mut Panel,
         keys: Keys<'_>,
+        (k, v): (Wide<'_>, Wide<'_>),
         scratch: TileScratch<'_>,
         cover: Cover,
     ) {
-        let (k, v, n_keys) = (keys.k, keys.v, keys.len());
+        let n_keys = keys.len();
         let lanes = panel.n_lanes.next_multiple_of(S::f32s::LEN);
         let scores = &mut scratch.scores[..n_keys * PANEL];
         product(

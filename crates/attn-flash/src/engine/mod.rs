@@ -14,6 +14,8 @@ mod block;
 mod chunks;
 mod few;
 mod finish;
+mod half_products;
+mod native_bf16;
 mod online_softmax;
 mod panel;
 mod problem;
@@ -30,6 +32,7 @@ use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, check_lse};
 pub use backward::{ForwardResult, Grads, OutputGrad, RowState, attend_backward, attend_backward_from_delta};
 use block::{QueryBlock, Workspace};
+pub use half_products::HalfProducts;
 pub use problem::{KvView, PagedKv, Problem};
 use tasks::Task;
 
@@ -53,6 +56,8 @@ pub struct Spec<'a, M: ?Sized, C: ?Sized> {
     pub qk_norm: Option<QkNorm<'a>>,
     /// Block sizes; `None` chooses by shape.
     pub tiles: Option<TileSizes>,
+    /// How the forward pass multiplies bf16 and f16.
+    pub half_products: HalfProducts,
 }
 
 impl<M: ?Sized, C: ?Sized> Clone for Spec<'_, M, C> {
@@ -75,6 +80,7 @@ impl<'a, M: ?Sized, C: ?Sized> Spec<'a, M, C> {
             dropout: None,
             qk_norm: None,
             tiles: None,
+            half_products: HalfProducts::Auto,
         }
     }
 
@@ -161,10 +167,11 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     spec.check_made_for(&problem)?;
     let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
     let isa = Isa::current();
+    let dot = native_bf16::choose(&problem, spec, isa)?;
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {
         for_each_task(
             tasks.into_iter(),
-            || Workspace::new(&problem, tiles),
+            || Workspace::new(&problem, tiles, dot),
             |workspace, task| isa.run(QueryBlock { problem: &problem, spec, tiles, workspace, task }),
         );
     });

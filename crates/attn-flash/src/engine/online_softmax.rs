@@ -18,8 +18,10 @@
 
 use crate::tiles::PANEL;
 use attn_core::simd::{Select, Simd, SimdBase, SimdMask};
-use attn_core::tile::exp2;
+use attn_core::tile::{Bf16Dot, WeightRows, exp2};
+use half::bf16;
 use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 /// How far a score may exceed the reference before the sums are rescaled: `ln 2^8`.
 const SLACK: f32 = 8.0 * LN_2;
@@ -43,30 +45,9 @@ impl OnlineSoftmax {
     #[inline(always)]
     pub(super) fn absorb<S: Simd>(&mut self, simd: S, scores: &mut [f32], acc: &mut [f32], lanes: usize) {
         let width = S::f32s::LEN;
-        let minus_inf = S::f32s::splat(simd, f32::NEG_INFINITY);
         for lane in (0..lanes).step_by(width) {
+            self.raise(simd, scores, acc, lane);
             let column = |row: &[f32]| S::f32s::from_slice(simd, &row[lane..lane + width]);
-
-            // Four running maxima: one alone would wait for itself.
-            let (fours, rest) = scores.as_chunks::<PANEL>().0.as_chunks::<4>();
-            let mut maxima = [minus_inf; 4];
-            for rows in fours {
-                maxima = std::array::from_fn(|r| maxima[r].max(column(&rows[r])));
-            }
-            let [a, b, c, d] = maxima;
-            let tile_max = rest.iter().fold(a.max(b).max(c.max(d)), |max, row| max.max(column(row)));
-
-            let old = column(&self.row_max);
-            if tile_max.simd_gt(old + SLACK).any_true() {
-                let new = old.max(tile_max);
-                let factor = exp2(simd, (old - reference(simd, new)) * LOG2_E);
-                (column(&self.row_sum) * factor).store_slice(&mut self.row_sum[lane..lane + width]);
-                for row in acc.as_chunks_mut::<PANEL>().0 {
-                    (column(row) * factor).store_slice(&mut row[lane..lane + width]);
-                }
-                new.store_slice(&mut self.row_max[lane..lane + width]);
-            }
-
             let reference = reference(simd, column(&self.row_max));
             let mut sum = S::f32s::splat(simd, 0.0);
             for row in scores.as_chunks_mut::<PANEL>().0 {
@@ -75,6 +56,77 @@ impl OnlineSoftmax {
                 sum += weight;
             }
             (column(&self.row_sum) + sum).store_slice(&mut self.row_sum[lane..lane + width]);
+        }
+    }
+
+    /// As [`OnlineSoftmax::absorb`], with the weights rounded to bf16, in `pairs [keys / 2, PANEL]`. The sums are those of
+    /// the rounded weights.
+    ///
+    /// The maximum is not looked for: weights beyond the slack show that it has risen.
+    #[inline(always)]
+    pub(super) fn absorb_rounded<S: Simd>(
+        &mut self,
+        simd: S,
+        dot: Bf16Dot,
+        scores: &[f32],
+        pairs: &mut [u32],
+        acc: &mut [f32],
+        lanes: usize,
+    ) {
+        let most = bf16::from_f32_const(256.0);
+        for lane in (0..lanes).step_by(S::f32s::LEN) {
+            let lanes = lane..lane + S::f32s::LEN;
+            // Against a reference of its own, a lane that has seen nothing could lose all its weights.
+            if self.row_max[lanes.clone()].contains(&f32::NEG_INFINITY) {
+                self.raise(simd, scores, acc, lane);
+            }
+            if !self.weigh_rounded(simd, dot, scores, pairs, lanes.clone(), most) {
+                self.raise(simd, scores, acc, lane);
+                self.weigh_rounded(simd, dot, scores, pairs, lanes, WeightRows::ANY);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn weigh_rounded<S: Simd>(
+        &mut self,
+        simd: S,
+        dot: Bf16Dot,
+        scores: &[f32],
+        pairs: &mut [u32],
+        lanes: Range<usize>,
+        most: bf16,
+    ) -> bool {
+        let mut references = [0.0; PANEL];
+        let max = S::f32s::from_slice(simd, &self.row_max[lanes.clone()]);
+        reference(simd, max).store_slice(&mut references[lanes.clone()]);
+        let (reference, sums) = (&references, &mut self.row_sum);
+        dot.weights(WeightRows { scores, pairs, reference, sums, most, stride: PANEL }, lanes)
+    }
+
+    /// Moves the reference of the vector of lanes from `lane` on, if the scores exceed it by too much.
+    #[inline(always)]
+    fn raise<S: Simd>(&mut self, simd: S, scores: &[f32], acc: &mut [f32], lane: usize) {
+        let width = S::f32s::LEN;
+        let column = |row: &[f32]| S::f32s::from_slice(simd, &row[lane..lane + width]);
+        // Four running maxima: one alone would wait for itself.
+        let (fours, rest) = scores.as_chunks::<PANEL>().0.as_chunks::<4>();
+        let mut maxima = [S::f32s::splat(simd, f32::NEG_INFINITY); 4];
+        for rows in fours {
+            maxima = std::array::from_fn(|r| maxima[r].max(column(&rows[r])));
+        }
+        let [a, b, c, d] = maxima;
+        let tile_max = rest.iter().fold(a.max(b).max(c.max(d)), |max, row| max.max(column(row)));
+
+        let old = column(&self.row_max);
+        if tile_max.simd_gt(old + SLACK).any_true() {
+            let new = old.max(tile_max);
+            let factor = exp2(simd, (old - reference(simd, new)) * LOG2_E);
+            (column(&self.row_sum) * factor).store_slice(&mut self.row_sum[lane..lane + width]);
+            for row in acc.as_chunks_mut::<PANEL>().0 {
+                (column(row) * factor).store_slice(&mut row[lane..lane + width]);
+            }
+            new.store_slice(&mut self.row_max[lane..lane + width]);
         }
     }
 

@@ -233,6 +233,11 @@ impl<'a> Problem<'a> {
         &self.q
     }
 
+    /// True if queries, keys and values are all stored as bf16.
+    pub(super) fn is_bf16(&self) -> bool {
+        matches!((&self.q, &self.k, &self.v), (TensorView::Bf16(_), KvView::Bf16(_), KvView::Bf16(_)))
+    }
+
     /// How many sequences there are.
     pub fn n_sequences(&self) -> usize {
         match self.sequences {

@@ -1,6 +1,6 @@
 //! The options of `flash`.
 
-use crate::Flash;
+use crate::{Flash, HalfProducts};
 use attn_core::mask::Align;
 use attn_core::registry::{OptionSpec, Options};
 use attn_core::{AttnError, Result};
@@ -23,6 +23,11 @@ pub(super) const ALL: &[OptionSpec] = &[
     option("window_left", "", "keys seen before a query's position"),
     option("window_right", "", "keys seen after a query's position"),
     option("softcap", "", "scores become c tanh(s / c)"),
+    option(
+        "half_products",
+        "auto",
+        "bf16 and f16 forward: widen to f32, native pairs of bf16, or auto, native where it can run",
+    ),
     option("prefix", "", "keys before this one are seen by all, later ones causally"),
     option("mask_mod", "", "a pair must satisfy this, as (i + j) % 2 == 0, with b, h, i, j"),
     option("score_mod", "", "the new score, as s - 0.1 |i - j|, with b, h, i, j; behind the cap"),
@@ -55,6 +60,7 @@ pub(super) fn flash(options: &Options) -> Result<Flash> {
         window_right: options.get("window_right")?,
         softcap: options.get("softcap")?,
         tiles: None,
+        half_products: options.get_or("half_products", HalfProducts::Auto)?,
     };
     if let Some(cap) = flash.softcap.filter(|c| !c.is_finite() || *c < 0.0) {
         return Err(AttnError::value("option `softcap`", cap, "a positive finite number, or 0 for none"));

@@ -4,8 +4,8 @@ use attn_core::mask::{Align, DenseMask, Mask, SeeAll};
 use attn_core::registry::{NamedTensor, TensorData};
 use attn_core::score::{Alibi, Bias, BiasIndex, ScoreMod, Unchanged};
 use attn_core::{View, ViewMut};
-use attn_flash::Flash;
 use attn_flash::engine::{ForwardResult, Grads, OutputGrad};
+use attn_flash::{Flash, HalfProducts};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::golden::{GoldenCase, load_dir};
 
@@ -25,6 +25,7 @@ fn flash(case: &GoldenCase) -> Flash {
         window_right: window("window_right"),
         softcap: number(case, "softcap").map(|cap| cap as f32),
         tiles: None,
+        half_products: HalfProducts::Auto,
     }
 }
 

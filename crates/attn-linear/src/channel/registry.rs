@@ -30,7 +30,7 @@ fn xca(options: &Options) -> Result<Xca> {
 
 /// `q`, `k`, `v`, and `temp (heads)`.
 fn run(mut variant: Xca, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("xca", &["q", "k", "v", "temp", "grad_out"])?;
+    tensors.only("xca", &["q", "k", "v", "temp", "grad_o"])?;
     let x = tensors.qkv()?;
     if let Some(temperature) = named::optional(tensors, "temp", &[x.shape().n_heads_q])? {
         variant.temperature = temperature.to_vec();
@@ -38,8 +38,8 @@ fn run(mut variant: Xca, tensors: &NamedTensors) -> Result<NamedTensors> {
     let (mut all, mut out) = (NamedTensors::default(), output_like(&x));
     variant.forward(x, out.as_out()?)?;
     all.0.insert("o".into(), out);
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.gradients(&x, &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.gradients(&x, &view(tensors, "grad_o")?)?;
         let by = [("q", grads.q), ("k", grads.k), ("v", grads.v), ("temp", grads.temperature)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }

@@ -13,7 +13,7 @@ use attn_core::{AttnError, Differentiable, Qkv, QkvGrads, Result, View, ViewMut}
 
 /// `x`, `g (batch, length, width)` or with heads, `h0 (batch, width)`: gives `o`, `hT`.
 pub(super) fn hgrn(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("hgrn", &["x", "g", "h0", "grad_out"])?;
+    tensors.only("hgrn", &["x", "g", "h0", "grad_o"])?;
     let inputs = HgrnInputs { x: view(tensors, "x")?, log_decay: view(tensors, "g")? };
     let axes = inputs.x.shape();
     let (rows, memory) = (named::shape(tensors, "x")?, memory(named::shape(tensors, "x")?));
@@ -25,8 +25,8 @@ pub(super) fn hgrn(tensors: &NamedTensors) -> Result<NamedTensors> {
     let o = output(axes, |out| Hgrn::forward(&inputs, out, Some(&mut state)))?;
     give(&mut all, "o", rows, o)?;
     give(&mut all, "hT", &memory, state.part(0))?;
-    if tensors.get("grad_out").is_some() {
-        let grads = Hgrn::backward(&inputs, Some(&before), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = Hgrn::backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
         give_grad(&mut all, tensors, "x", grads.x)?;
         give_grad(&mut all, tensors, "g", grads.log_decay)?;
         give_grad(&mut all, tensors, "h0", grads.state)?;
@@ -42,7 +42,7 @@ fn memory(rows: &[usize]) -> Vec<usize> {
 
 /// `update`, `candidate (batch, length, width)` or with heads, `h0 (batch, width)`: gives `o`, `hT`.
 pub(super) fn min_gru(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("mingru", &["update", "candidate", "h0", "grad_out"])?;
+    tensors.only("mingru", &["update", "candidate", "h0", "grad_o"])?;
     let inputs = MinGruInputs { update: view(tensors, "update")?, candidate: view(tensors, "candidate")? };
     let rows = named::shape(tensors, "candidate")?;
     let memory = memory(rows);
@@ -54,8 +54,8 @@ pub(super) fn min_gru(tensors: &NamedTensors) -> Result<NamedTensors> {
     let o = output(inputs.candidate.shape(), |out| MinGru::forward(&inputs, out, Some(&mut state)))?;
     give(&mut all, "o", rows, o)?;
     give(&mut all, "hT", &memory, state.part(0))?;
-    if tensors.get("grad_out").is_some() {
-        let grads = MinGru::backward(&inputs, Some(&before), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = MinGru::backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
         give_grad(&mut all, tensors, "update", grads.update)?;
         give_grad(&mut all, tensors, "candidate", grads.candidate)?;
         give_grad(&mut all, tensors, "h0", grads.state)?;
@@ -66,7 +66,7 @@ pub(super) fn min_gru(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `q`, `k (batch, heads, length, head_dim)`, `x`, `beta (.., head_dim_v)`, `s0 (batch, heads, head_dim, head_dim_v)`: gives `o`,
 /// `sT`.
 pub(super) fn longhorn(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("longhorn", &["q", "k", "x", "beta", "s0", "grad_out"])?;
+    tensors.only("longhorn", &["q", "k", "x", "beta", "s0", "grad_o"])?;
     let of = |name| view(tensors, name);
     let inputs = LonghornInputs { q: of("q")?, k: of("k")?, x: of("x")?, beta: of("beta")? };
     let [batch, heads, _, keys] = inputs.q.shape();
@@ -79,8 +79,8 @@ pub(super) fn longhorn(tensors: &NamedTensors) -> Result<NamedTensors> {
     let o = output(inputs.x.shape(), |out| Longhorn::forward(&inputs, out, Some(&mut state)))?;
     give(&mut all, "o", named::shape(tensors, "x")?, o)?;
     give(&mut all, "sT", &memory, state.part(0))?;
-    if tensors.get("grad_out").is_some() {
-        let grads = Longhorn::backward(&inputs, Some(&before), &of("grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = Longhorn::backward(&inputs, Some(&before), &of("grad_o")?)?;
         let by = [("q", grads.q), ("k", grads.k), ("x", grads.x), ("beta", grads.beta), ("s0", grads.state)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }
@@ -90,11 +90,11 @@ pub(super) fn longhorn(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `u`, `dt`, `z (batch, width, length)`, `Bm`, `Cm (batch, state, length)`, `A (width, state)`, `D`, `dt_bias (width)`,
 /// `s0 (batch, width, state)`: gives `o`, `sT`.
 pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("mamba1", &["u", "dt", "z", "Bm", "Cm", "A", "D", "dt_bias", "s0", "grad_out"])?;
+    tensors.only("mamba1", &["u", "dt", "z", "Bm", "Cm", "A", "D", "dt_bias", "s0", "grad_o"])?;
     // To rows of tokens and back.
     let mut rows = NamedTensors::default();
-    for name in ["u", "dt", "z", "Bm", "Cm", "grad_out"] {
-        if tensors.get(name).is_some() || !["z", "grad_out"].contains(&name) {
+    for name in ["u", "dt", "z", "Bm", "Cm", "grad_o"] {
+        if tensors.get(name).is_some() || !["z", "grad_o"].contains(&name) {
             rows.0.insert(name.into(), transposed(tensors, name)?);
         }
     }
@@ -120,8 +120,8 @@ pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
     let o = output(u.shape(), |out| Mamba1::forward(&inputs, out, Some(&mut state)))?;
     give(&mut all, "o", named::shape(tensors, "u")?, transpose(&o, n, width))?;
     give(&mut all, "sT", &memory, transpose(&state.part(0), states, width))?;
-    if rows.get("grad_out").is_some() {
-        let grads = Mamba1::backward(&inputs, Some(&before), &view(&rows, "grad_out")?)?;
+    if rows.get("grad_o").is_some() {
+        let grads = Mamba1::backward(&inputs, Some(&before), &view(&rows, "grad_o")?)?;
         let by = [
             ("u", transpose(&grads.u, n, width)),
             ("dt", transpose(&grads.dt, n, width)),
@@ -142,7 +142,7 @@ pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `den0`, `max0 (batch, width)`: gives `o`, `numT`, `denT`, `maxT`.
 pub(super) fn rwkv4(tensors: &NamedTensors) -> Result<NamedTensors> {
     const STATE: [(&str, &str); 3] = [("num0", "numT"), ("den0", "denT"), ("max0", "maxT")];
-    let known = ["k", "v", "time_decay", "time_first", "num0", "den0", "max0", "grad_out"];
+    let known = ["k", "v", "time_decay", "time_first", "num0", "den0", "max0", "grad_o"];
     tensors.only("rwkv4", &known)?;
     let rows = named::shape(tensors, "v")?;
     let (v, memory) = (view(tensors, "v")?, memory(rows));
@@ -165,8 +165,8 @@ pub(super) fn rwkv4(tensors: &NamedTensors) -> Result<NamedTensors> {
     for (part, (_, name)) in STATE.iter().enumerate() {
         give(&mut all, name, &memory, state.part(part))?;
     }
-    if tensors.get("grad_out").is_some() {
-        let grads = Rwkv4::backward(&inputs, Some(&before), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = Rwkv4::backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
         let [num, den, max] = grads.state;
         let by = [
             ("k", grads.k),
@@ -190,14 +190,14 @@ pub(super) fn aft_simple(
     tensors: &NamedTensors,
 ) -> Result<NamedTensors> {
     let rank = named::shape(tensors, "q").map_or(4, <[usize]>::len);
-    if rank == 4 && tensors.get("grad_out").is_none() {
+    if rank == 4 && tensors.get("grad_o").is_none() {
         return run_qkv(entry, options, tensors);
     }
-    tensors.only(entry.name, &["q", "k", "v", "grad_out"])?;
+    tensors.only(entry.name, &["q", "k", "v", "grad_o"])?;
     qkv_with_grads(aft, tensors)
 }
 
-/// Attention over `q`, `k`, `v` of three or four axes, with gradients if there is `grad_out`.
+/// Attention over `q`, `k`, `v` of three or four axes, with gradients if there is `grad_o`.
 fn qkv_with_grads(attention: &dyn Differentiable, tensors: &NamedTensors) -> Result<NamedTensors> {
     let x = Qkv::new(view(tensors, "q")?, view(tensors, "k")?, view(tensors, "v")?)?;
     let s = x.shape();
@@ -208,7 +208,7 @@ fn qkv_with_grads(attention: &dyn Differentiable, tensors: &NamedTensors) -> Res
     if let Some(width) = axes.last_mut() {
         *width = s.head_dim_v;
     }
-    if tensors.get("grad_out").is_some() {
+    if tensors.get("grad_o").is_some() {
         let zeros = |axes: [usize; 4]| vec![0.0f32; axes.iter().product()];
         let (mut dq, mut dk, mut dv) = (zeros(s.q()), zeros(s.k()), zeros(s.v()));
         let grads = QkvGrads {
@@ -217,7 +217,7 @@ fn qkv_with_grads(attention: &dyn Differentiable, tensors: &NamedTensors) -> Res
             v: ViewMut::contiguous("grad.v", &mut dv, s.v())?.into(),
         };
         let o = attn_core::View::contiguous("out", &out, s.out())?;
-        attention.backward(x, o.into(), &saved, view(tensors, "grad_out")?, grads)?;
+        attention.backward(x, o.into(), &saved, view(tensors, "grad_o")?, grads)?;
         let by = [("q", dq), ("k", dk), ("v", dv)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }
@@ -228,7 +228,7 @@ fn qkv_with_grads(attention: &dyn Differentiable, tensors: &NamedTensors) -> Res
 /// `x (batch, length, blocks * width)`, `a_param (blocks * width)`, `wi`, `wr (blocks, width, width)`, `bi`, `br (blocks, width)`,
 /// `h0 (batch, blocks * width)`: gives `o`, `hT`. The first position starts anew unless there is a state.
 pub(super) fn rg_lru(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("rglru", &["x", "a_param", "wi", "wr", "bi", "br", "h0", "grad_out"])?;
+    tensors.only("rglru", &["x", "a_param", "wi", "wr", "bi", "br", "h0", "grad_o"])?;
     let (&[batch, n, channels], &[blocks, width]) =
         (named::shape(tensors, "x")?, named::shape(tensors, "bi")?)
     else {
@@ -262,8 +262,8 @@ pub(super) fn rg_lru(tensors: &NamedTensors) -> Result<NamedTensors> {
     RgLru::forward(&inputs, out.into(), Some(&mut state))?;
     give(&mut all, "o", &[batch, n, channels], o)?;
     give(&mut all, "hT", &[batch, channels], state.part(0))?;
-    if tensors.get("grad_out").is_some() {
-        let grads = RgLru::backward(&inputs, Some(&before), &heads("grad_out")?.into())?;
+    if tensors.get("grad_o").is_some() {
+        let grads = RgLru::backward(&inputs, Some(&before), &heads("grad_o")?.into())?;
         // (batch, blocks, length, width) back to (batch, length, blocks, width).
         let mut x = Vec::with_capacity(grads.x.len());
         for b in 0..batch {

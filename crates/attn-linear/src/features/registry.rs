@@ -246,14 +246,14 @@ fn efficient(options: &Options) -> Result<Efficient> {
 }
 
 /// `q`, `k`, `v`, the tensors `more` that the variant has read, and with `s0`, `z0` among them a state. Gives `o`, for causal
-/// forms `sT` and `zT`, and with `grad_out` the gradients.
+/// forms `sT` and `zT`, and with `grad_o` the gradients.
 fn run<V: FeatureVariant>(
     variant: V,
     tensors: &NamedTensors,
     more: &[&str],
     give_params: impl FnOnce(&mut NamedTensors, super::FeatureGrads) -> Result<()>,
 ) -> Result<NamedTensors> {
-    tensors.only(V::NAME, &[&["q", "k", "v", "grad_out"], more].concat())?;
+    tensors.only(V::NAME, &[&["q", "k", "v", "grad_o"], more].concat())?;
     let x: Qkv<'_> = tensors.qkv()?;
     let s = x.shape();
     let attention = FeatureAttention::new(variant);
@@ -282,8 +282,8 @@ fn run<V: FeatureVariant>(
         attention.forward(x, out.as_out()?)?;
     }
     all.0.insert("o".into(), out);
-    if tensors.get("grad_out").is_some() {
-        let mut grads = attention.gradients(&x, before.as_ref(), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let mut grads = attention.gradients(&x, before.as_ref(), &view(tensors, "grad_o")?)?;
         let (q, k, v) =
             (std::mem::take(&mut grads.q), std::mem::take(&mut grads.k), std::mem::take(&mut grads.v));
         [("q", q), ("k", k), ("v", v)]

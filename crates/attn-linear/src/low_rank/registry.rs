@@ -99,7 +99,7 @@ fn agent(options: &Options) -> Result<Agent> {
 
 /// `q`, `k`, `v`, and `E`, `F (max_len, rank)` or `E` alone for both.
 fn run_linformer(mut variant: Linformer, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(Linformer::NAME, &["q", "k", "v", "E", "F", "grad_out"])?;
+    tensors.only(Linformer::NAME, &["q", "k", "v", "E", "F", "grad_o"])?;
     if tensors.get("E").is_some() || tensors.get("F").is_some() {
         let axes = named::shape(tensors, "E")?;
         let rank = axes.last().copied().unwrap_or(0);
@@ -111,8 +111,8 @@ fn run_linformer(mut variant: Linformer, tensors: &NamedTensors) -> Result<Named
     let (mut all, mut out) = (NamedTensors::default(), output_like(&x));
     LowRankAttention::new(variant.clone()).forward(x, out.as_out()?)?;
     all.0.insert("o".into(), out);
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.gradients(&x, &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.gradients(&x, &view(tensors, "grad_o")?)?;
         let by = [
             ("q", grads.q),
             ("k", grads.k),
@@ -127,14 +127,14 @@ fn run_linformer(mut variant: Linformer, tensors: &NamedTensors) -> Result<Named
 
 /// `q`, `k`, `v`, and `conv (heads, 1, kernel, 1)`.
 fn run_nystrom(mut variant: Nystrom, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(Nystrom::NAME, &["q", "k", "v", "conv", "grad_out"])?;
+    tensors.only(Nystrom::NAME, &["q", "k", "v", "conv", "grad_o"])?;
     variant.conv = tensors.f32("conv")?.map(|(_, conv)| conv.to_vec());
     let x = tensors.qkv()?;
     let (mut all, mut out) = (NamedTensors::default(), output_like(&x));
     LowRankAttention::new(variant.clone()).forward(x, out.as_out()?)?;
     all.0.insert("o".into(), out);
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.gradients(&x, &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.gradients(&x, &view(tensors, "grad_o")?)?;
         let by = [("q", grads.q), ("k", grads.k), ("v", grads.v), ("conv", grads.conv)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }
@@ -143,12 +143,12 @@ fn run_nystrom(mut variant: Nystrom, tensors: &NamedTensors) -> Result<NamedTens
 
 /// `q`, `k`, `v`, and `agent (batch, heads, agents, head_dim)`.
 fn run_agent(variant: Agent, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(Agent::NAME, &["q", "k", "v", "agent", "grad_out"])?;
+    tensors.only(Agent::NAME, &["q", "k", "v", "agent", "grad_o"])?;
     let x = tensors.qkv()?;
     let (mut all, mut out) = (NamedTensors::default(), output_like(&x));
     if tensors.get("agent").is_none() {
-        if tensors.get("grad_out").is_some() {
-            return Err(AttnError::unsupported(Agent::NAME, "`grad_out` without `agent`"));
+        if tensors.get("grad_o").is_some() {
+            return Err(AttnError::unsupported(Agent::NAME, "`grad_o` without `agent`"));
         }
         LowRankAttention::new(variant).forward(x, out.as_out()?)?;
         all.0.insert("o".into(), out);
@@ -157,8 +157,8 @@ fn run_agent(variant: Agent, tensors: &NamedTensors) -> Result<NamedTensors> {
     let agents = view(tensors, "agent")?;
     variant.forward_with(&x, &agents, out.as_out()?)?;
     all.0.insert("o".into(), out);
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.gradients_with(&x, &agents, &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.gradients_with(&x, &agents, &view(tensors, "grad_o")?)?;
         let by = [("q", grads.q), ("k", grads.k), ("v", grads.v), ("agent", grads.agents)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }

@@ -1,12 +1,14 @@
 //! A variant of the engine as an [`Attention`], and on typed inputs.
 
+use super::definition::definition;
 use super::gradients::{Gradients, backward};
+use super::head::blind;
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
-use super::run::{Workspace, definition, forward, packed_sizes, prepare};
+use super::run::{Workspace, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
 use attn_core::exact::Reference;
-use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
+use attn_core::registry::{NamedTensor, NamedTensors};
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
     Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, ViewMut,
@@ -16,8 +18,27 @@ use attn_core::{
 /// A [`StateVariant`], ready to call.
 ///
 /// Its [`Attention::forward`] takes q, k and v alone, and the constants of its configuration for all that is not given;
-/// [`StateAttention::forward_inputs`] takes everything. Causal only, as many keys as queries; f32, bf16 or f16 storage,
-/// f32 memory; time linear in the length, memory beyond inputs and output constant.
+/// [`StateAttention::forward_inputs`] takes everything. Time is linear in the length, memory beyond inputs and output constant.
+///
+/// Shapes: `q [batch, n_heads_q, n_q, head_dim]`, `k [batch, n_heads_kv, n_kv, head_dim]`, `v [batch, n_heads_kv, n_kv,
+/// head_dim_v]`, out `[batch, n_heads_q, n_q, head_dim_v]`; f32, bf16 or f16, any strides with a contiguous last axis, f32
+/// memory. Most variants are causal and need as many keys as queries. Where there may be more or fewer, the last query
+/// stands at the last key: the first keys are past for every query, the first queries stand before every key and give 0.
+///
+/// ```
+/// use attn_core::{Attention, Qkv, View, ViewMut};
+/// use attn_linear::{LinearAttention, LinearElu};
+///
+/// let (heads, n, d) = (2, 5, 8);
+/// let x: Vec<f32> = (0..heads * n * d).map(|i| (i as f32).sin()).collect();
+/// let view = |name| View::contiguous(name, &x, [1, heads, n, d]);
+/// let mut out = vec![0.0; x.len()];
+/// let qkv = Qkv::new(view("q")?, view("k")?, view("v")?)?;
+/// let attention = LinearAttention::new(LinearElu { causal: true, ..LinearElu::default() });
+/// attention.forward(qkv, ViewMut::contiguous("out", &mut out, [1, heads, n, d])?.into())?;
+/// assert!((out[1] - x[1]).abs() < 1e-6, "the first row sees only itself");
+/// # Ok::<(), attn_core::AttnError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct StateAttention<V> {
     /// What is computed.
@@ -106,7 +127,8 @@ impl<V: StateVariant> StateAttention<V> {
     }
 
     /// Runs on named tensors: q, k, v, the variant's extra inputs and the parts of its memory. Gives `o` and the memory
-    /// after the last token.
+    /// after the last token, unless queries stand before the first key. With `grad_o`, the gradient of a loss by `o`, it gives
+    /// `grad.NAME` for every tensor it was given.
     ///
     /// # Errors
     /// [`AttnError`] naming the tensor that is missing, not read, or does not fit.
@@ -115,41 +137,48 @@ impl<V: StateVariant> StateAttention<V> {
         let (sizes, plan) = prepare(&self.variant, &x)?;
         let extras = V::EXTRAS.iter().map(|extra| extra.name);
         let parts = plan.parts.iter().map(|part| part.initial).filter(|name| !name.is_empty());
-        let known: Vec<&str> = ["q", "k", "v"].into_iter().chain(extras).chain(parts).collect();
+        let parts: Vec<&str> = parts.collect();
+        let known: Vec<&str> =
+            ["q", "k", "v", "grad_o"].into_iter().chain(extras).chain(parts.iter().copied()).collect();
         tensors.only(V::NAME, &known)?;
-        let mut memory = Memory::of(&plan, &sizes, tensors)?;
-        let mut out = output(&sizes, x.q.dtype());
-        forward(&self.variant, &x, None, out.as_out()?, Some(&mut memory))?;
-        let mut all = memory.tensors(&sizes)?;
+        let initial = Memory::of(&plan, &sizes, tensors)?;
+        let has_memory = parts.iter().any(|name| tensors.get(name).is_some());
+        let shape = [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
+        let mut out = NamedTensor::unwritten(&shape, x.q.dtype());
+        // Queries before every key know no memory.
+        let mut all = if blind(&plan, sizes.tokens, sizes.keys) > 0 && !has_memory {
+            forward(&self.variant, &x, None, out.as_out()?, None)?;
+            NamedTensors::default()
+        } else {
+            let mut memory = initial.clone();
+            forward(&self.variant, &x, None, out.as_out()?, Some(&mut memory))?;
+            memory.tensors(&sizes)?
+        };
+        if let Some(grad_o) = tensors.get("grad_o") {
+            let memory = has_memory.then_some(&initial);
+            let grads = backward(&self.variant, &x, memory, grad_o.view("grad_o")?, None)?;
+            let of_memory = initial.initial_parts(&sizes, &grads.memory)?;
+            for (name, grad) in grads.inputs.0.into_iter().chain(of_memory.0) {
+                let Some(given) = tensors.get(&name) else { continue };
+                let grad = NamedTensor { shape: given.shape.clone(), ..grad };
+                all.0.insert(format!("grad.{name}"), grad.rounded(given.data.dtype().unwrap_or(DType::F32)));
+            }
+        }
         all.0.insert("o".into(), out);
         Ok(all)
     }
 }
 
-/// An output filled with NaN, so that a row nobody wrote is seen.
-fn output(sizes: &Sizes, dtype: DType) -> NamedTensor {
-    let shape = vec![sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
-    let len = shape.iter().product();
-    fn filled<E: Element>(len: usize) -> Vec<E> {
-        vec![E::store(f32::NAN); len]
-    }
-    let data = match dtype {
-        DType::F32 => TensorData::F32(filled(len)),
-        DType::Bf16 => TensorData::Bf16(filled(len)),
-        DType::F16 => TensorData::F16(filled(len)),
-    };
-    NamedTensor { shape, data }
-}
-
 /// The sizes of a plain call.
-fn plain(shape: &AttnShape) -> Sizes {
-    Sizes::new(shape.batch, shape.n_heads_q, shape.n_q, shape.head_dim, shape.head_dim_v)
+fn plain(shape: &AttnShape, cross: bool) -> Sizes {
+    let sizes = Sizes::new(shape.batch, shape.n_heads_q, shape.n_q, shape.head_dim, shape.head_dim_v);
+    Sizes { keys: if cross { shape.n_kv } else { shape.n_q }, ..sizes }
 }
 
-/// q, k and v of a plain call: as many keys as queries.
-fn inputs(x: Qkv<'_>) -> Result<Inputs<'_>> {
+/// q, k and v of a plain call.
+fn inputs<V: StateVariant>(x: Qkv<'_>) -> Result<Inputs<'_>> {
     let s = x.shape();
-    if s.n_q != s.n_kv {
+    if !V::CROSS && s.n_q != s.n_kv {
         return Err(AttnError::shape("k", "n_kv", s.n_kv, format!("{} (as in q)", s.n_q)));
     }
     Ok(x.into())
@@ -161,13 +190,14 @@ impl<V: StateVariant> Attention for StateAttention<V> {
     }
 
     fn profile(&self) -> Profile {
+        let causal = self.variant.is_causal();
         Profile {
             family: Family::Linear,
             target: Target::Own,
-            causality: Causality::Strict,
+            causality: if causal { Causality::Strict } else { Causality::Bidirectional },
             convex: self.variant.is_convex(),
-            key_order_free: false,
-            cross_lengths: false,
+            key_order_free: !causal,
+            cross_lengths: V::CROSS,
             grouped_heads: true,
             dtypes: &DType::ALL,
             max_error: self.variant.max_error(),
@@ -177,10 +207,10 @@ impl<V: StateVariant> Attention for StateAttention<V> {
     }
 
     fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {
-        let sizes = plain(shape);
+        let sizes = plain(shape, V::CROSS);
         let Ok(plan) = self.variant.plan(&sizes) else { return Cost::default() };
         let heads = (shape.batch * shape.n_heads_q) as u64;
-        let flops: u64 = plan.stages.iter().map(|o| o.flops(shape.n_q)).sum();
+        let flops = plan.flops(&sizes);
         let threads = heads.min(rayon::current_num_threads() as u64);
         let allocated =
             threads * Workspace::bytes(&plan, &sizes, dtype) + 4 * heads * plan.memory_len() as u64;
@@ -188,15 +218,15 @@ impl<V: StateVariant> Attention for StateAttention<V> {
     }
 
     fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        forward(&self.variant, &inputs(x)?, None, out, None)
+        forward(&self.variant, &inputs::<V>(x)?, None, out, None)
     }
 
     fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
-        definition(&self.variant, &inputs(*x)?, None)
+        definition(&self.variant, &inputs::<V>(*x)?, None)
     }
 
     fn as_streaming(&self) -> Option<&dyn Streaming> {
-        Some(self)
+        if self.variant.is_causal() { Some(self) } else { None }
     }
 
     fn as_differentiable(&self) -> Option<&dyn Differentiable> {
@@ -224,7 +254,7 @@ impl<V: StateVariant> Differentiable for StateAttention<V> {
         check_like("grad_out", grad_out.shape(), grad_out.dtype(), x.q(), width)?;
         grads.check(&x)?;
         saved.get::<()>()?;
-        let all = backward(&self.variant, &inputs(x)?, None, grad_out, None)?.inputs;
+        let all = backward(&self.variant, &inputs::<V>(x)?, None, grad_out, None)?.inputs;
         for (name, out) in [("q", grads.q), ("k", grads.k), ("v", grads.v)] {
             let (_, data) = all.f32(name)?.unwrap_or((&[], &[]));
             store(out, data);
@@ -253,6 +283,9 @@ fn store(out: OutMut<'_>, data: &[f32]) {
 
 impl<V: StateVariant> Streaming for StateAttention<V> {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
+        if !self.variant.is_causal() {
+            return Err(AttnError::unsupported(V::NAME, "streaming without `causal`"));
+        }
         let divides = shape.n_heads_kv > 0 && shape.n_heads_q.is_multiple_of(shape.n_heads_kv);
         if !divides {
             let expected = format!("a multiple of {} key/value heads", shape.n_heads_kv);
@@ -277,7 +310,7 @@ struct Stream<V> {
 impl<V: StateVariant> StreamState for Stream<V> {
     fn append(&mut self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
         self.shape.check(&x)?;
-        forward(&self.variant, &inputs(x)?, None, out, Some(&mut self.memory))?;
+        forward(&self.variant, &inputs::<V>(x)?, None, out, Some(&mut self.memory))?;
         self.len += x.shape().n_q;
         Ok(())
     }

@@ -15,12 +15,13 @@
 //! dG_i += x_i o dx_i      dG_j -= y_j o dy_j      dG_last += sum_v dS o S'      d log_decay_t = sum_(i >= t) dG_i
 //! ```
 //!
-//! with `S'` the state after the chunk. Where values decay the same holds with reads in the place of readers and values in
+//! with `S'` the state after the chunk. A norm `D` adds `dD_i` to the gradients of its row of `A`, `dD_i z` to those of its
+//! query, and is a column of `S'` like any other. Where values decay the same holds with reads in the place of readers and values in
 //! that of keys.
 
-use super::attend::{Scratch, erase_at, prepare, read, read_at, solve, written};
+use super::attend::{Scratch, erase_at, fade_queries, prepare, read, read_at, solve, written};
 use super::fading::weigh;
-use super::{Chunk, Decay, Erase, Options, Read};
+use super::{Chunk, Decay, Erase, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product, transpose};
 use attn_core::view::Rows;
@@ -46,11 +47,13 @@ pub(super) struct BackScratch {
 
 /// Gradients of one chunk.
 pub(super) struct Backward<'a> {
-    pub(super) chunk: &'a Chunk,
+    pub(super) chunk: Piece<'a>,
     /// Before the chunk.
     pub(super) state: &'a [f32],
     /// Of the reads, `[len, value_dim]`.
     pub(super) d_reads: &'a [f32],
+    /// Of the norms, `[len]`.
+    pub(super) d_norms: &'a [f32],
     /// Of the state after the chunk; becomes that of the state before it.
     pub(super) d_state: &'a mut [f32],
     /// Becomes the gradients of the chunk's rows; those of the bonus are added to.
@@ -64,9 +67,13 @@ impl SimdOp for Backward<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, state, d_reads, d_state, grads, scratch: x, back } = self;
-        let o = x.options;
-        grads.resize(&o, chunk.len);
+        let Self { chunk, state, d_reads, d_norms, d_state, grads, scratch: x, back } = self;
+        let (o, chunk) = (x.options, &chunk);
+        grads.resize(&o, chunk.len.max(chunk.writes / o.writes));
+        grads.q.truncate(chunk.q.len());
+        grads.k.truncate(chunk.k.len());
+        grads.v.truncate(chunk.v.len());
+        grads.log_decay.truncate(chunk.log_decay.len());
         for rows in
             [&mut grads.q, &mut grads.k, &mut grads.v, &mut grads.a, &mut grads.b, &mut grads.log_decay]
         {
@@ -78,6 +85,9 @@ impl SimdOp for Backward<'_> {
         back.d_sums.clear();
         back.d_sums.resize(chunk.log_decay.len(), 0.0);
         prepare(simd, chunk, x);
+        if x.fading.key_width <= 1 {
+            fade_queries(chunk, x);
+        }
         if o.erase != Erase::None {
             solve(simd, chunk, state, x);
         }
@@ -85,7 +95,7 @@ impl SimdOp for Backward<'_> {
             read(simd, chunk, state, x);
             values_decay(simd, chunk, state, d_reads, d_state, grads, x, back);
         } else {
-            keys_decay(simd, chunk, state, d_reads, d_state, grads, x, back);
+            keys_decay(simd, chunk, state, [d_reads, d_norms], d_state, grads, x, back);
         }
         accumulate(&back.d_sums, o.decay_width(), &mut grads.log_decay);
     }
@@ -166,9 +176,8 @@ fn turn<'a, S: Simd>(simd: S, matrix: &[f32], rows: usize, width: usize, out: &'
 /// Where readers stand.
 type At<'a> = &'a dyn Fn(usize) -> Option<usize>;
 
-/// Adds the gradients of readers `x` and columns `y` that the gradients `scores` of their scores give.
+/// Readers `x` and columns `y`, whose scores have gradients.
 struct Pairs<'a> {
-    scores: &'a [f32],
     x: &'a [f32],
     x_faded: &'a [f32],
     at: At<'a>,
@@ -177,16 +186,32 @@ struct Pairs<'a> {
 }
 
 impl Pairs<'_> {
+    /// Adds the gradients of `x` and `y` that those of their scores give; `scores` is left weighed.
     #[inline(always)]
     fn run<S: Simd>(
         &self,
         simd: S,
+        scores: &mut [f32],
         s: &mut Scratch,
         [part, faded, weights]: [&mut Vec<f32>; 3],
         [dx, dy]: [&mut [f32]; 2],
     ) {
         let (key_dim, stride, width) = (s.options.key_dim, s.stride, s.fading.key_width);
         let (rows, writes) = (self.x.len() / key_dim, self.y.len() / key_dim);
+        if width <= 1 {
+            for (i, row) in scores.chunks_exact_mut(stride).enumerate().take(rows) {
+                s.fading.weigh_scores(simd, (self.at)(i), &mut row[..(self.seen)(i)]);
+            }
+            product(
+                simd,
+                [rows, key_dim, writes],
+                Lhs { data: scores, row_stride: stride, col_stride: 1 },
+                Rhs { data: self.y, stride: key_dim },
+                TileMut { data: dx, stride: key_dim },
+                Start::Keep,
+            );
+            return multiply_turned(simd, [writes, key_dim, rows], scores, stride, self.x, dy);
+        }
         let near = (0..rows).take_while(|i| s.fading.is_near((self.at)(*i))).count();
         // Near the start: scores are x_faded . (y o up).
         faded.resize(self.y.len(), 0.0);
@@ -195,7 +220,7 @@ impl Pairs<'_> {
         product(
             simd,
             [near, key_dim, writes],
-            Lhs { data: self.scores, row_stride: stride, col_stride: 1 },
+            Lhs { data: scores, row_stride: stride, col_stride: 1 },
             Rhs { data: faded, stride: key_dim },
             TileMut { data: part, stride: key_dim },
             Start::Zero,
@@ -209,7 +234,7 @@ impl Pairs<'_> {
         }
         let all = &mut part[..self.y.len()];
         all.fill(0.0);
-        multiply_turned(simd, [writes, key_dim, near], self.scores, stride, self.x_faded, all);
+        multiply_turned(simd, [writes, key_dim, near], scores, stride, self.x_faded, all);
         faded.resize(self.y.len(), 0.0);
         weigh(all, key_dim, &s.fading.up, width, faded);
         dy.iter_mut().zip(&*faded).for_each(|(dy, y)| *dy += y);
@@ -218,12 +243,8 @@ impl Pairs<'_> {
         for i in near..rows {
             let own = i * key_dim..(i + 1) * key_dim;
             for j in 0..(self.seen)(i) {
-                let score = self.scores[i * stride + j];
+                let score = scores[i * stride + j];
                 s.fading.pair_weights(simd, (self.at)(i), j, &mut weights[..width]);
-                if width == 1 {
-                    let weight = weights[0];
-                    weights.fill(weight);
-                }
                 let theirs = j * key_dim..(j + 1) * key_dim;
                 let (x, y) = (&self.x[own.clone()], &self.y[theirs.clone()]);
                 let (dx, dy) = (&mut dx[own.clone()], &mut dy[theirs]);
@@ -254,9 +275,9 @@ fn sum_gradients(d_sums: &mut [f64], width: usize, at: Option<usize>, sign: f64,
 #[allow(clippy::too_many_arguments)]
 fn keys_decay<S: Simd>(
     simd: S,
-    chunk: &Chunk,
+    chunk: &Piece<'_>,
     state: &[f32],
-    d_reads: &[f32],
+    [d_reads, d_norms]: [&[f32]; 2],
     d_state: &mut [f32],
     grads: &mut Chunk,
     x: &mut Scratch,
@@ -264,9 +285,11 @@ fn keys_decay<S: Simd>(
 ) {
     let o = x.options;
     let Options { key_dim, value_dim, .. } = o;
-    let (len, writes, stride, width) = (chunk.len, chunk.len * o.writes, x.stride, x.fading.width);
+    let (len, writes, stride, width) = (chunk.len, chunk.writes, x.stride, x.fading.width);
     let own = usize::from(o.read == Read::Pre);
-    let seen = |i: usize| o.seen(i) + own;
+    let seen = |i: usize| (o.seen(i) + own).min(writes);
+    let (state, z) = state.split_at(o.matrix_len());
+    let (d_state, d_z) = d_state.split_at_mut(o.matrix_len());
     let (q_at, a_at) = (|i: usize| read_at(&o, i), |w: usize| erase_at(&o, w));
     let BackScratch { scores, turned, d_written, d_solved, part, faded, weights, d_sums, state: s_after } =
         back;
@@ -275,13 +298,16 @@ fn keys_decay<S: Simd>(
 
     // What is left at the end: dS by the written rows, and the state before.
     d_written.resize(writes * value_dim, 0.0);
-    weigh(&chunk.k, key_dim, &x.fading.end, width, &mut x.weighed);
+    weigh(chunk.k, key_dim, &x.fading.end, width, &mut x.weighed);
     multiply(simd, [writes, value_dim, key_dim], &x.weighed, d_state, d_written, Start::Zero);
     multiply_turned(simd, [writes, value_dim, len], &x.qk, stride, d_reads, d_written);
     let ended = turn(simd, d_state, key_dim, value_dim, turned).to_vec();
     let mut end_gradients = |values: &[f32], rows: &[f32], d_rows: &mut [f32], x: &mut Scratch| {
         part.resize(writes * key_dim, 0.0);
         multiply(simd, [writes, key_dim, value_dim], values, &ended, part, Start::Zero);
+        for row in part.chunks_exact_mut(key_dim).take(writes) {
+            row.iter_mut().zip(&*d_z).for_each(|(d, d_z)| *d += d_z);
+        }
         faded.resize(writes * key_dim, 0.0);
         weigh(part, key_dim, &x.fading.end, width, faded);
         d_rows.iter_mut().zip(&*faded).for_each(|(d, y)| *d += y);
@@ -289,9 +315,9 @@ fn keys_decay<S: Simd>(
             sum_gradients(d_sums, width, writes.checked_sub(1), 1.0, y, dy);
         }
     };
-    end_gradients(&all_written, &chunk.k, &mut grads.k, x);
+    end_gradients(&all_written, chunk.k, &mut grads.k, x);
     if o.erase == Erase::Untied {
-        end_gradients(&all_solved, &chunk.b, &mut grads.b, x);
+        end_gradients(&all_solved, chunk.b, &mut grads.b, x);
     }
     // The state before, as it has faded at the end.
     s_after.clear();
@@ -306,6 +332,14 @@ fn keys_decay<S: Simd>(
         }
     }
 
+    for (c, (z, d_z)) in z.iter().zip(&mut *d_z).enumerate() {
+        let own = if width == 1 { 0 } else { c };
+        *d_z += x.fading.loss.get(own).copied().unwrap_or(0.0) * *d_z;
+        if let Some(last) = writes.checked_sub(1).filter(|_| width > 0) {
+            d_sums[last * width + own] += f64::from(*z) * f64::from(*d_z);
+        }
+    }
+
     let turned_state = turn(simd, state, key_dim, value_dim, turned).to_vec();
     if o.erase != Erase::None {
         let tied = o.erase == Erase::Tied;
@@ -313,7 +347,7 @@ fn keys_decay<S: Simd>(
             d_solved.clone_from(d_written);
         } else {
             d_solved.resize(writes * value_dim, 0.0);
-            weigh(&chunk.b, key_dim, &x.fading.end, width, &mut x.weighed);
+            weigh(chunk.b, key_dim, &x.fading.end, width, &mut x.weighed);
             // `d_state` has faded by now: what ends is in `ended`, transposed.
             let end = turn(simd, &ended, value_dim, key_dim, turned);
             multiply(simd, [writes, value_dim, key_dim], &x.weighed, end, d_solved, Start::Zero);
@@ -363,8 +397,7 @@ fn keys_decay<S: Simd>(
         multiply_turned(simd, [key_dim, value_dim, writes], &x.a_faded, key_dim, d_solved, d_state);
         // Scores of the erasers.
         let x_faded = std::mem::take(&mut x.a_faded);
-        let erasers =
-            Pairs { scores: &[], x: &chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: &chunk.k };
+        let erasers = Pairs { x: chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: chunk.k };
         score_gradients(
             simd,
             d_solved,
@@ -374,15 +407,9 @@ fn keys_decay<S: Simd>(
             &|w| w,
             [&mut *turned, &mut *scores],
         );
-        Pairs { scores, ..erasers }.run(
-            simd,
-            x,
-            [&mut *part, &mut *faded, &mut *weights],
-            [&mut grads.a, &mut grads.k],
-        );
+        erasers.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.a, &mut grads.k]);
         if !tied {
-            let erasers =
-                Pairs { scores: &[], x: &chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: &chunk.b };
+            let erasers = Pairs { x: chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: chunk.b };
             score_gradients(
                 simd,
                 d_solved,
@@ -392,8 +419,9 @@ fn keys_decay<S: Simd>(
                 &|w| w,
                 [&mut *turned, &mut *scores],
             );
-            Pairs { scores, ..erasers }.run(
+            erasers.run(
                 simd,
+                scores,
                 x,
                 [&mut *part, &mut *faded, &mut *weights],
                 [&mut grads.a, &mut grads.b],
@@ -409,21 +437,30 @@ fn keys_decay<S: Simd>(
     // The queries: the state before, and their scores.
     part.resize(len * key_dim, 0.0);
     multiply(simd, [len, key_dim, value_dim], d_reads, &turned_state, part, Start::Zero);
+    if o.norm {
+        let rows = part.chunks_exact_mut(key_dim).zip(x.q_faded.chunks_exact(key_dim)).zip(d_norms);
+        for ((part, q), d) in rows {
+            part.iter_mut().zip(z).for_each(|(part, z)| *part += d * z);
+            d_z.iter_mut().zip(q).for_each(|(d_z, q)| *d_z += d * q);
+        }
+    }
     for (i, (dq, part)) in grads.q.chunks_exact_mut(key_dim).zip(part.chunks_exact(key_dim)).enumerate() {
         x.fading.fade(part, q_at(i), dq);
     }
     multiply_turned(simd, [key_dim, value_dim, len], &x.q_faded, key_dim, d_reads, d_state);
     score_gradients(simd, d_reads, &all_written, value_dim, stride, &seen, [&mut *turned, &mut *scores]);
+    for (i, d) in d_norms.iter().enumerate().filter(|_| o.norm) {
+        scores[i * stride..][..seen(i)].iter_mut().for_each(|score| *score += d);
+    }
     let own_scores: Vec<f32> = (0..len * own).map(|i| std::mem::take(&mut scores[i * stride + i])).collect();
     let x_faded = std::mem::take(&mut x.q_faded);
-    let readers = |i: usize| o.seen(i);
-    let queries = Pairs { scores, x: &chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: &chunk.k };
-    queries.run(simd, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.k]);
+    let readers = |i: usize| o.seen(i).min(writes);
+    let queries = Pairs { x: chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: chunk.k };
+    queries.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.k]);
     if o.erase == Erase::Untied {
         score_gradients(simd, d_reads, &all_solved, value_dim, stride, &seen, [&mut *turned, &mut *scores]);
-        let queries =
-            Pairs { scores, x: &chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: &chunk.b };
-        queries.run(simd, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.b]);
+        let queries = Pairs { x: chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: chunk.b };
+        queries.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.b]);
     }
     x.q_faded = x_faded;
 
@@ -433,10 +470,10 @@ fn keys_decay<S: Simd>(
             sum_gradients(d_sums, width, at(i), sign, x, dx);
         }
     };
-    decays(&chunk.q, &grads.q, 1.0, &q_at);
-    decays(&chunk.a, &grads.a, 1.0, &a_at);
-    decays(&chunk.k, &grads.k, -1.0, &Some);
-    decays(&chunk.b, &grads.b, -1.0, &Some);
+    decays(chunk.q, &grads.q, 1.0, &q_at);
+    decays(chunk.a, &grads.a, 1.0, &a_at);
+    decays(chunk.k, &grads.k, -1.0, &Some);
+    decays(chunk.b, &grads.b, -1.0, &Some);
     // A token's own write before it fades: nothing of it decays.
     for (i, d) in own_scores.into_iter().enumerate() {
         for c in 0..key_dim {
@@ -452,7 +489,7 @@ fn keys_decay<S: Simd>(
 #[allow(clippy::too_many_arguments)]
 fn values_decay<S: Simd>(
     simd: S,
-    chunk: &Chunk,
+    chunk: &Piece<'_>,
     state: &[f32],
     d_reads: &[f32],
     d_state: &mut [f32],
@@ -462,7 +499,7 @@ fn values_decay<S: Simd>(
 ) {
     let o = x.options;
     let Options { key_dim, value_dim, .. } = o;
-    let (len, writes, stride) = (chunk.len, chunk.len * o.writes, x.stride);
+    let (len, writes, stride) = (chunk.len, chunk.writes, x.stride);
     let BackScratch { scores, turned, d_written, part, faded, weights, d_sums, .. } = back;
     let at = |i: usize| read_at(&o, i);
     let seen = |i: usize| o.seen(i);
@@ -470,9 +507,9 @@ fn values_decay<S: Simd>(
     // What is left at the end.
     let ended = turn(simd, d_state, key_dim, value_dim, turned).to_vec();
     d_written.resize(writes * value_dim, 0.0);
-    multiply(simd, [writes, value_dim, key_dim], &chunk.k, d_state, d_written, Start::Zero);
+    multiply(simd, [writes, value_dim, key_dim], chunk.k, d_state, d_written, Start::Zero);
     weigh(d_written, value_dim, &x.fading.end, value_dim, &mut grads.v);
-    weigh(&chunk.v, value_dim, &x.fading.end, value_dim, &mut x.weighed);
+    weigh(chunk.v, value_dim, &x.fading.end, value_dim, &mut x.weighed);
     multiply(simd, [writes, key_dim, value_dim], &x.weighed, &ended, &mut grads.k, Start::Zero);
     let last = writes.saturating_sub(1);
     for (v, dv) in chunk.v.chunks_exact(value_dim).zip(grads.v.chunks_exact(value_dim)) {
@@ -492,9 +529,9 @@ fn values_decay<S: Simd>(
     }
     let turned_state = turn(simd, state, key_dim, value_dim, turned).to_vec();
     multiply(simd, [len, key_dim, value_dim], faded, &turned_state, &mut grads.q, Start::Zero);
-    multiply_turned(simd, [key_dim, value_dim, len], &chunk.q, key_dim, faded, d_state);
+    multiply_turned(simd, [key_dim, value_dim, len], chunk.q, key_dim, faded, d_state);
     let near = (0..len).take_while(|i| at(*i).is_none_or(|at| at < x.fading.near)).count();
-    weigh(&chunk.v, value_dim, &x.fading.up, value_dim, &mut x.weighed);
+    weigh(chunk.v, value_dim, &x.fading.up, value_dim, &mut x.weighed);
     score_gradients(
         simd,
         faded,
@@ -531,9 +568,9 @@ fn values_decay<S: Simd>(
         simd,
         [len, key_dim, writes],
         Lhs { data: scores, row_stride: stride, col_stride: 1 },
-        Rhs { data: &chunk.k, stride: key_dim },
+        Rhs { data: chunk.k, stride: key_dim },
         TileMut { data: &mut grads.q, stride: key_dim },
         Start::Keep,
     );
-    multiply_turned(simd, [writes, key_dim, len], scores, stride, &chunk.q, &mut grads.k);
+    multiply_turned(simd, [writes, key_dim, len], scores, stride, chunk.q, &mut grads.k);
 }

@@ -29,7 +29,52 @@ pub struct Chunk {
     pub bonus: Vec<f32>,
 }
 
+/// A [`Chunk`] as the engine reads it: its own rows, or those of the inputs where they are what the engine wants. Without
+/// queries the writes are only absorbed, without writes the state is only read.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece<'a> {
+    /// Queries.
+    pub len: usize,
+    /// Writes.
+    pub writes: usize,
+    /// As in [`Chunk`], and so on.
+    pub q: &'a [f32],
+    /// Write keys.
+    pub k: &'a [f32],
+    /// Written values.
+    pub v: &'a [f32],
+    /// Decays.
+    pub log_decay: &'a [f32],
+    /// What the erase reads along.
+    pub a: &'a [f32],
+    /// What it writes along.
+    pub b: &'a [f32],
+    /// How strongly it does.
+    pub strength: &'a [f32],
+    /// What a token's own write weighs.
+    pub bonus: &'a [f32],
+    /// What a recurrence of its own is told.
+    pub notes: &'a [f32],
+}
+
 impl Chunk {
+    /// All of it, with as many tokens to read as to write.
+    pub fn piece(&self, options: &Options) -> Piece<'_> {
+        Piece {
+            len: self.len,
+            writes: self.len * options.writes,
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            log_decay: &self.log_decay,
+            a: &self.a,
+            b: &self.b,
+            strength: &self.strength,
+            bonus: &self.bonus,
+            notes: &self.notes,
+        }
+    }
+
     /// Buffers for up to `len` tokens, all zero; the bonus is 1.
     pub fn new(options: &Options, len: usize) -> Self {
         let mut chunk = Self::default();

@@ -13,7 +13,7 @@
 //! changes no bit of an earlier output.
 
 use super::weights::{LIMIT, cumulate, losses, powers};
-use super::{Chunk, Decay, Options};
+use super::{Decay, Options, Piece};
 use attn_core::simd::Simd;
 use attn_core::tile::MAX_LANES;
 
@@ -68,13 +68,13 @@ impl Fading {
 
     /// Computes the factors of `chunk`.
     #[inline(always)]
-    pub(super) fn set<S: Simd>(&mut self, simd: S, chunk: &Chunk) {
+    pub(super) fn set<S: Simd>(&mut self, simd: S, chunk: &Piece<'_>) {
         let (all, width) = (chunk.log_decay.len(), self.width);
         if all == 0 {
             self.near = usize::MAX;
             return;
         }
-        cumulate(&chunk.log_decay, width, &mut self.sums);
+        cumulate(chunk.log_decay, width, &mut self.sums);
         let sums = &self.sums[..all];
         let near = |row: &[f64]| row.iter().fold(true, |near, g| near & (g.abs() <= LIMIT));
         self.near = sums.chunks_exact(width).take_while(|row| near(row)).count();
@@ -114,15 +114,26 @@ impl Fading {
         self.key_width == 0 || at.is_none_or(|at| at < self.near)
     }
 
+    /// `row_j *= 2^(G_at - G_j)` for the first writes `j`, with one decay a token; nothing without decay of keys.
+    #[inline(always)]
+    pub(super) fn weigh_scores<S: Simd>(&mut self, simd: S, at: Option<usize>, row: &mut [f32]) {
+        if self.key_width != 1 {
+        } else if self.is_near(at) {
+            let down = at.map_or(1.0, |at| self.down[at]);
+            row.iter_mut().zip(&self.up).for_each(|(score, up)| *score *= down * up);
+        } else {
+            let mut weights = [0.0; MAX_LANES];
+            for (from, piece) in row.chunks_mut(MAX_LANES).enumerate() {
+                let weights = &mut weights[..piece.len()];
+                self.scalar_weights(simd, at, from * MAX_LANES, weights);
+                piece.iter_mut().zip(&*weights).for_each(|(score, w)| *score *= w);
+            }
+        }
+    }
+
     /// `weights[j] = 2^(G_at - G_(from + j))`, with one decay a token.
     #[inline(always)]
-    pub(super) fn scalar_weights<S: Simd>(
-        &mut self,
-        simd: S,
-        at: Option<usize>,
-        from: usize,
-        weights: &mut [f32],
-    ) {
+    fn scalar_weights<S: Simd>(&mut self, simd: S, at: Option<usize>, from: usize, weights: &mut [f32]) {
         let reader = at.map_or(0.0, |at| self.sums[at]);
         let exponents = &mut self.exponents[..weights.len()];
         exponents.iter_mut().zip(&self.sums[from..]).for_each(|(out, g)| *out = reader - g);

@@ -3,16 +3,17 @@
 //! The states at the start of every [`SEGMENT`] chunks are kept, those between them are computed again: memory beyond
 //! the gradients is `key_dim value_dim / (SEGMENT chunk_len)` numbers a token and head.
 
+use super::Chunk;
+use super::head::{HeadRows, Stages, Step, Widened, chunk_len, extra_range, fill, piece, steps};
 use super::inputs::{Extra, Inputs, Per, Sizes};
 use super::memory::Memory;
-use super::run::{chunk_len, cut_extras, load, prepare};
-use super::variant::{Plan, Pull, StateVariant, Tokens};
-use super::{Chunk, Engine};
+use super::run::{check_blind, prepare};
+use super::variant::{AnyVariant, Plan, Pull, Tokens};
 use attn_core::parallel::for_each_task;
 use attn_core::registry::{NamedTensor, NamedTensors};
 use attn_core::simd::Isa;
 use attn_core::view::Rows;
-use attn_core::{AttnError, Element, Result, TensorView, View};
+use attn_core::{AttnError, DType, Element, Result, TensorView, View};
 use std::ops::Range;
 
 /// Chunks between two states that are kept.
@@ -37,22 +38,25 @@ struct HeadGradients {
 }
 
 /// Computes the gradients, given that of the output and, where it matters, that of the memory after the last token.
-pub(super) fn backward<V: StateVariant>(
-    variant: &V,
+pub(super) fn backward(
+    variant: &dyn AnyVariant,
     x: &Inputs<'_>,
     memory: Option<&Memory>,
     d_out: TensorView<'_>,
     d_memory: Option<&[f32]>,
 ) -> Result<Gradients> {
     let (sizes, plan) = prepare(variant, x)?;
-    if !V::DIFFERENTIABLE || plan.stages.len() != 1 || plan.memory_len() != plan.matrices_len() {
-        return Err(AttnError::unsupported(V::NAME, "gradients"));
+    if !variant.differentiable() {
+        return Err(AttnError::unsupported(variant.name(), "gradients"));
     }
     let wanted = [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
     for (a, axis) in ["batch", "heads", "length", "width"].into_iter().enumerate() {
         if d_out.shape()[a] != wanted[a] {
             return Err(AttnError::shape("grad_out", axis, d_out.shape()[a], wanted[a]));
         }
+    }
+    if memory.is_some() || d_memory.is_some() {
+        check_blind(variant, &plan, &sizes)?;
     }
     let mut initial = memory.cloned().unwrap_or_else(|| Memory::new(&plan, &sizes));
     initial.check(&plan, &sizes)?;
@@ -77,14 +81,14 @@ pub(super) fn backward<V: StateVariant>(
     Ok(Gradients { inputs, memory: d_initial })
 }
 
-struct Call<'a, V> {
-    variant: &'a V,
+struct Call<'a> {
+    variant: &'a dyn AnyVariant,
     x: &'a Inputs<'a>,
     sizes: &'a Sizes,
     plan: &'a Plan,
 }
 
-impl<V: StateVariant> Call<'_, V> {
+impl Call<'_> {
     fn run<E: Element>(
         &self,
         d_out: View<'_, E>,
@@ -113,18 +117,24 @@ impl<V: StateVariant> Call<'_, V> {
         };
         let mut all: Vec<HeadGradients> = heads.clone().map(empty).collect();
         let memories = initial.heads_mut().zip(d_initial.chunks_exact_mut(self.plan.memory_len()));
-        let tasks = heads.zip(memories).zip(&mut all).map(|(((batch, head), (state, d_state)), grads)| {
+        let tasks = heads.zip(memories).zip(&mut all).map(|(((batch, head), (memory, d_memory)), grads)| {
             let rows = [&q, &k, &v].map(|view| view.head(batch, head / (sizes.heads / view.shape()[1])));
             let [q, k, v] = rows;
             let extras = self.x.head_extras(sizes.heads, batch, head);
-            let d_out = d_out.head(batch, head);
-            Head { q, k, v, d_out, head, extras, state, d_state, grads }
+            let rows = HeadRows { q, k, v, head, extras };
+            Head { rows, d_out: d_out.head(batch, head), memory, d_memory, grads }
         });
         let tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
-        let len = chunk_len(self.plan, sizes.tokens);
-        let start = || Engine::new(&self.plan.stages[0], len);
-        for_each_task(tasks.into_iter(), start, |engine, head| head.run(self, isa, engine));
+        let start = || Workspace {
+            stages: Stages::new(self.plan, sizes),
+            wide: Widened::new(self.plan, sizes, E::DTYPE != DType::F32),
+            grads: self.plan.stages.iter().map(|_| Chunk::default()).collect(),
+            gained: Chunk::default(),
+            d_rows: Vec::new(),
+            d_norms: Vec::new(),
+        };
+        for_each_task(tasks.into_iter(), start, |workspace, head| head.run(self, isa, workspace));
         Ok(all)
     }
 
@@ -152,7 +162,8 @@ impl<V: StateVariant> Call<'_, V> {
         keep("v", &v, sum(v, &|grads| &grads.v))?;
         for (e, (name, shape)) in self.x.extra_shapes().enumerate() {
             let data = sum(shape, &|grads| &grads.extras[e]);
-            let per = V::EXTRAS.iter().find(|extra: &&Extra| extra.name == name).map(|extra| extra.per);
+            let per =
+                self.variant.extras().iter().find(|extra: &&Extra| extra.name == name).map(|extra| extra.per);
             if per == Some(Per::Head) {
                 let [batch, own, rows, width] = shape;
                 let mut head = vec![0.0; own * width];
@@ -169,115 +180,139 @@ impl<V: StateVariant> Call<'_, V> {
     }
 }
 
+/// A thread's buffers.
+struct Workspace<'a> {
+    stages: Stages,
+    wide: Widened<'a>,
+    /// Of the stages' chunks.
+    grads: Vec<Chunk>,
+    gained: Chunk,
+    /// Of what a stage reads.
+    d_rows: Vec<f32>,
+    d_norms: Vec<f32>,
+}
+
 /// One head's task.
 struct Head<'a, E> {
-    q: Rows<'a, E>,
-    k: Rows<'a, E>,
-    v: Rows<'a, E>,
+    rows: HeadRows<'a, E>,
     d_out: Rows<'a, E>,
-    head: usize,
-    extras: Vec<(&'static str, Rows<'a, f32>)>,
-    state: &'a mut [f32],
-    d_state: &'a mut [f32],
+    memory: &'a mut [f32],
+    d_memory: &'a mut [f32],
     grads: &'a mut HeadGradients,
 }
 
-impl<E: Element> Head<'_, E> {
-    fn run<V: StateVariant>(mut self, call: &Call<'_, V>, isa: Isa, engine: &mut Engine) {
-        let (sizes, options) = (call.sizes, &call.plan.stages[0]);
-        let len = chunk_len(call.plan, sizes.tokens);
-        let chunks: Vec<_> =
-            (0..sizes.tokens).step_by(len).map(|first| first..(first + len).min(sizes.tokens)).collect();
-        let mut chunk = Chunk::new(options, len);
-        let mut wide = [
-            vec![0.0; len * sizes.head_dim],
-            vec![0.0; len * call.plan.keys_per_token * sizes.head_dim],
-            vec![0.0; len * call.plan.keys_per_token * sizes.head_dim_v],
-        ];
-        // States at the start of the segments.
+impl<'a, E: Element> Head<'a, E> {
+    fn run(self, call: &Call<'_>, isa: Isa, w: &mut Workspace<'a>) {
+        let Call { variant, sizes, plan, .. } = *call;
+        let len = chunk_len(plan, sizes);
+        let steps: Vec<_> = steps(plan, len, sizes.tokens, sizes.keys).collect();
+        let forward = |step: &Step, memory: &mut [f32], w: &mut Workspace<'a>| {
+            let x = self.rows.tokens(isa, variant, sizes, step, &mut w.wide);
+            w.stages.run(variant, plan, &x, memory);
+        };
+        // Memories at the start of the segments.
         let mut kept = Vec::new();
-        for (at, tokens) in chunks.iter().enumerate() {
+        for (at, step) in steps.iter().enumerate() {
             if at % SEGMENT == 0 {
-                kept.push(self.state.to_vec());
+                kept.push(self.memory.to_vec());
             }
-            // The last segment's states are computed once.
-            if at / SEGMENT < (chunks.len() - 1) / SEGMENT {
-                self.with_tokens(call, isa, tokens, &mut wide, |x, _| {
-                    call.variant.fill(x, &mut [], reset(&mut chunk, options, tokens.len()))
-                });
-                engine.run(isa, &chunk, self.state);
+            // The last segment's memories are computed once.
+            if at / SEGMENT < (steps.len() - 1) / SEGMENT {
+                forward(step, self.memory, w);
             }
         }
-        let mut grads = Chunk::default();
-        let mut d_reads = Vec::new();
-        for (segment, start) in chunks.chunks(SEGMENT).zip(kept).rev() {
-            let mut states = vec![start];
-            for tokens in &segment[..segment.len() - 1] {
-                self.with_tokens(call, isa, tokens, &mut wide, |x, _| {
-                    call.variant.fill(x, &mut [], reset(&mut chunk, options, tokens.len()))
-                });
-                let mut state = states[states.len() - 1].clone();
-                engine.run(isa, &chunk, &mut state);
-                states.push(state);
+        for (segment, start) in steps.chunks(SEGMENT).zip(kept).rev() {
+            let mut memories = vec![start];
+            for step in &segment[..segment.len() - 1] {
+                let mut memory = memories[memories.len() - 1].clone();
+                forward(step, &mut memory, w);
+                memories.push(memory);
             }
-            for (tokens, state) in segment.iter().zip(&states).rev() {
-                let mut d_out = Vec::with_capacity(tokens.len() * sizes.head_dim_v);
-                tokens.clone().for_each(|i| d_out.extend(self.d_out.row(i).iter().map(|d| d.load())));
-                let d_state = std::mem::take(&mut self.d_state);
-                self.with_tokens(call, isa, tokens, &mut wide, |x, to| {
-                    call.variant.fill(x, &mut [], reset(&mut chunk, options, tokens.len()));
-                    d_reads.clear();
-                    d_reads.extend(d_out.iter().map(|d| options.scale * d));
-                    grads.bonus.clear();
-                    engine.backward(isa, &chunk, state, &d_reads, d_state, &mut grads);
-                    call.variant.pull(x, &chunk, &grads, &d_out, to);
+            for (step, memory) in segment.iter().zip(&memories).rev() {
+                let Workspace { stages, wide, grads, gained, d_rows, d_norms } = &mut *w;
+                let x = self.rows.tokens(isa, variant, sizes, step, wide);
+                let rows = step.tokens.clone();
+                let d_out: Vec<f32> = rows.flat_map(|i| self.d_out.row(i).iter().map(|d| d.load())).collect();
+                let (d_matrices, d_carry) = self.d_memory.split_at_mut(plan.matrices_len());
+                let HeadGradients { q, k, v, extras } = &mut *self.grads;
+                let cut = |range: &Range<usize>, width: usize| range.start * width..range.end * width;
+                let extras = extras.iter_mut().zip(&self.rows.extras).map(|(grads, (name, rows))| {
+                    let range = extra_range(variant.extras(), name, rows.len(), step);
+                    (*name, &mut grads[cut(&range, rows.width())])
                 });
-                self.d_state = d_state;
+                let mut to = Pull {
+                    q: &mut q[cut(&step.tokens, sizes.head_dim)],
+                    k: &mut k[cut(&step.keys, sizes.head_dim)],
+                    v: &mut v[cut(&step.keys, sizes.head_dim_v)],
+                    carry: &memory[plan.matrices_len()..],
+                    d_carry,
+                    notes: Vec::new(),
+                    extras: extras.collect(),
+                };
+                let back = Back { call, x: &x, memory, d_out: &d_out };
+                back.run(stages, grads, gained, [d_rows, d_norms], d_matrices, &mut to);
             }
         }
-    }
-
-    /// Calls `work` with some tokens and where their gradients go.
-    fn with_tokens<V: StateVariant>(
-        &mut self,
-        call: &Call<'_, V>,
-        isa: Isa,
-        tokens: &Range<usize>,
-        wide: &mut [Vec<f32>; 3],
-        work: impl FnOnce(&Tokens<'_>, &mut Pull<'_>),
-    ) {
-        let sizes = call.sizes;
-        let per = call.plan.keys_per_token;
-        let keys = tokens.start * per..tokens.end * per;
-        let mut pieces = Vec::with_capacity(self.extras.len());
-        cut_extras(&self.extras, sizes, tokens, &keys, &mut pieces);
-        let [wide_q, wide_k, wide_v] = wide;
-        let x = Tokens {
-            q: load(isa, self.q.slice(tokens.clone()), wide_q),
-            k: load(isa, self.k.slice(keys.clone()), wide_k),
-            v: load(isa, self.v.slice(keys.clone()), wide_v),
-            head: self.head,
-            heads: sizes.heads,
-            extras: &pieces,
-        };
-        let cut = |range: &Range<usize>, width: usize| range.start * width..range.end * width;
-        let HeadGradients { q, k, v, extras } = &mut *self.grads;
-        let extras = extras.iter_mut().zip(&self.extras).map(|(grads, (name, rows))| {
-            let range = if rows.len() == sizes.tokens { tokens } else { &keys };
-            (*name, &mut grads[cut(range, rows.width())])
-        });
-        let mut to = Pull {
-            q: &mut q[cut(tokens, sizes.head_dim)],
-            k: &mut k[cut(&keys, sizes.head_dim)],
-            v: &mut v[cut(&keys, sizes.head_dim_v)],
-            extras: extras.collect(),
-        };
-        work(&x, &mut to);
     }
 }
 
-/// `chunk` with room for `len` tokens.
-fn reset<'a>(chunk: &'a mut Chunk, options: &super::Options, len: usize) -> &'a mut Chunk {
-    chunk.resize(options, len);
-    chunk
+/// One step backwards.
+struct Back<'a> {
+    call: &'a Call<'a>,
+    x: &'a Tokens<'a>,
+    /// Before it.
+    memory: &'a [f32],
+    d_out: &'a [f32],
+}
+
+impl Back<'_> {
+    fn run(
+        &self,
+        stages: &mut Stages,
+        grads: &mut [Chunk],
+        gained: &mut Chunk,
+        [d_rows, d_norms]: [&mut Vec<f32>; 2],
+        d_matrices: &mut [f32],
+        to: &mut Pull<'_>,
+    ) {
+        let Call { variant, plan, .. } = *self.call;
+        let (x, queries) = (self.x, self.x.q.len());
+        let resized = |rows: &mut Vec<f32>, len: usize| {
+            rows.clear();
+            rows.resize(len, 0.0);
+        };
+        let last = plan.stages.len() - 1;
+        let options = &plan.stages[last];
+        resized(d_rows, queries * options.value_dim);
+        resized(d_norms, if options.norm { queries } else { 0 });
+        if last > 0 || variant.finishes() {
+            let (reads, chunk) = stages.run(variant, plan, x, &mut self.memory.to_vec());
+            variant.pull_finish(x, chunk, reads, self.d_out, [d_rows, d_norms], to);
+        } else {
+            fill(variant, plan, x, &mut self.memory[plan.matrices_len()..].to_vec(), &mut stages.chunks[0]);
+            d_rows.iter_mut().zip(self.d_out).for_each(|(d_row, d)| *d_row = options.scale * d);
+        }
+        let first = plan.stages[0].state_len();
+        if last > 0 {
+            let (state, d_state) = (&self.memory[first..plan.matrices_len()], &mut d_matrices[first..]);
+            let piece = stages.chunks[last].piece(options);
+            stages.engines[last].backward(x.isa, piece, state, [d_rows, d_norms], d_state, &mut grads[last]);
+            let o = &plan.stages[0];
+            resized(d_rows, queries * o.value_dim);
+            resized(&mut gained.v, stages.chunks[0].v.len());
+            resized(&mut gained.log_decay, stages.chunks[0].log_decay.len());
+            variant.pull_refill(&stages.chunks[last], &grads[last], d_rows, gained, to);
+            d_rows.iter_mut().for_each(|d| *d *= o.scale);
+            d_norms.clear();
+        }
+        let piece = piece(&stages.chunks[0], plan, x, variant.given());
+        let (state, d_state) = (&self.memory[..first], &mut d_matrices[..first]);
+        grads[0].bonus.clear();
+        stages.engines[0].backward(x.isa, piece, state, [d_rows, d_norms], d_state, &mut grads[0]);
+        if last > 0 {
+            let gained = [(&mut grads[0].v, &gained.v), (&mut grads[0].log_decay, &gained.log_decay)];
+            gained.into_iter().for_each(|(d, more)| d.iter_mut().zip(more).for_each(|(d, more)| *d += more));
+        }
+        variant.pull(x, &stages.chunks[0], &grads[0], self.d_out, to);
+    }
 }

@@ -157,8 +157,8 @@ impl<'a> Inputs<'a> {
                     (shape, contiguous_strides(shape))
                 }
                 (&[b, h, n], Per::Token | Per::Key) => ([b, h, n, 1], [h * n, n, 1, 1]),
-                (&[h], _) => ([batch, h, rows(extra), 1], [0, 1, 0, 1]),
-                (&[h, w], _) => ([batch, h, rows(extra), w], [0, w, 0, 1]),
+                (&[h], _) => ([batch, h, rows(extra).max(1), 1], [0, 1, 0, 1]),
+                (&[h, w], _) => ([batch, h, rows(extra).max(1), w], [0, w, 0, 1]),
                 _ => {
                     let expected = match extra.per {
                         Per::Head => "(heads) or (heads, width)",
@@ -218,7 +218,12 @@ impl<'a> Inputs<'a> {
             let [batch, own, rows, width] = view.shape();
             equal(name, "batch", batch, q[0])?;
             divides(name, own)?;
-            equal(name, "length", rows, if extra.per == Per::Key { k[2] } else { q[2] })?;
+            match extra.per {
+                Per::Key => equal(name, "length", rows, k[2])?,
+                Per::Token => equal(name, "length", rows, q[2])?,
+                // Without queries there is a row all the same.
+                Per::Head => equal(name, "length", rows, q[2].max(1))?,
+            }
             let fits = match extra.width {
                 Width::One => width == 1,
                 Width::Key => width == q[3],
@@ -235,6 +240,11 @@ impl<'a> Inputs<'a> {
         }
         let (tokens, keys) = (q[2], k[2]);
         Ok(Sizes { batch: q[0], heads, tokens, keys, head_dim: q[3], head_dim_v: v[3], widths })
+    }
+
+    /// The extra input `name`, if it is given.
+    pub fn extra(&self, name: &str) -> Option<View<'a, f32>> {
+        self.extras.iter().find(|(known, _)| *known == name).map(|(_, view)| *view)
     }
 
     /// Names and shapes of the extra inputs.

@@ -134,12 +134,23 @@ impl Memory {
     /// # Errors
     /// Never for a memory of the plan's.
     pub fn tensors(&self, sizes: &Sizes) -> Result<NamedTensors> {
+        self.named(sizes, &self.data, |part| part.after)
+    }
+
+    /// The parts of other numbers of this layout, called as they are when given.
+    pub(super) fn initial_parts(&self, sizes: &Sizes, numbers: &[f32]) -> Result<NamedTensors> {
+        self.named(sizes, numbers, |part| part.initial)
+    }
+
+    fn named(&self, sizes: &Sizes, data: &[f32], name: fn(&Part) -> &'static str) -> Result<NamedTensors> {
         let mut all = NamedTensors::default();
-        for part in self.parts.iter().filter(|part| !part.after.is_empty()) {
-            let heads = self.data.chunks_exact(self.len.max(1));
+        for (part, name) in
+            self.parts.iter().map(|part| (part, name(part))).filter(|(_, name)| !name.is_empty())
+        {
+            let heads = data.chunks_exact(self.len.max(1));
             let data =
                 heads.flat_map(|head| part.rows_of(head).flatten().copied().collect::<Vec<_>>()).collect();
-            all.0.insert(part.after.into(), NamedTensor::f32(part.after, &part.shape(sizes), data)?);
+            all.0.insert(name.into(), NamedTensor::f32(name, &part.shape(sizes), data)?);
         }
         Ok(all)
     }

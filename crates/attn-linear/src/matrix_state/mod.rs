@@ -23,9 +23,12 @@ mod attend;
 mod attention;
 mod backward;
 mod chunk;
+mod definition;
 mod fading;
 mod gradients;
+mod head;
 mod inputs;
+mod lanes;
 mod memory;
 pub mod naive;
 mod options;
@@ -39,13 +42,13 @@ mod variant;
 mod weights;
 
 pub use attention::StateAttention;
-pub use chunk::Chunk;
+pub use chunk::{Chunk, Piece};
 pub use gradients::Gradients;
 pub use inputs::{Extra, Inputs, Per, Sizes, Width};
 pub use memory::{Memory, Part};
 pub use options::{Decay, Erase, EraseAt, Options, Read};
 pub use recurrence::Recurrence;
-pub use variant::{Plan, Pull, StateVariant, Tokens};
+pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
 use attend::{Attend, Scratch};
@@ -70,25 +73,27 @@ impl Engine {
         Scratch::bytes(options, len) + 4 * Chunk::floats(options, len)
     }
 
-    /// Runs the tokens of `chunk`: the state `[key_dim, value_dim]` becomes the one after them, and the result is
-    /// what they read, `[len, value_dim]`, not yet scaled.
+    /// Runs the tokens of `chunk`: the state becomes the one after them, and the result is what they read.
     ///
     /// # Panics
     /// If `chunk` or `state` have not the sizes that the options give them, or the chunk is longer than the engine's.
-    pub fn run(&mut self, isa: Isa, chunk: &Chunk, state: &mut [f32]) -> &[f32] {
+    pub fn run(&mut self, isa: Isa, chunk: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
         let o = self.0.options;
         assert_eq!(state.len(), o.state_len(), "state");
         let scratch = &mut self.0;
-        if chunk.len <= RECURRENT_LEN {
+        if let Some(recurrence) = o.recurrence {
+            recurrence.run(isa, &o, chunk, state, &mut scratch.reads[..chunk.len * o.value_dim]);
+        } else if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes {
             isa.run(Steps { chunk, state, scratch });
         } else {
             isa.run(Attend { chunk, state, scratch });
         }
-        &self.0.reads[..chunk.len * o.value_dim]
+        let norms = if o.norm { &self.0.norms[..chunk.len] } else { &[] };
+        Reads { rows: &self.0.reads[..chunk.len * o.value_dim], norms, scale: o.scale }
     }
 
-    /// The gradients of [`Engine::run`] on `chunk` from `state`: `d_reads [len, value_dim]` is the gradient of its result,
-    /// `d_state` that of the state after it and becomes that of the state before it, `grads` becomes those of the
+    /// The gradients of [`Engine::run`] on `chunk` from `state`: `d_reads [len, value_dim]` and, with a norm, `d_norms [len]`
+    /// are the gradients of its result as it is told, not scaled; `d_state` that of the state after it and becomes that of the state before it, `grads` becomes those of the
     /// chunk's rows. The gradient of the bonus is added to.
     ///
     /// # Panics
@@ -96,18 +101,21 @@ impl Engine {
     pub fn backward(
         &mut self,
         isa: Isa,
-        chunk: &Chunk,
+        chunk: Piece<'_>,
         state: &[f32],
-        d_reads: &[f32],
+        [d_reads, d_norms]: [&[f32]; 2],
         d_state: &mut [f32],
         grads: &mut Chunk,
     ) {
         let o = self.0.options;
         assert_eq!((state.len(), d_state.len()), (o.state_len(), o.state_len()), "state");
         assert_eq!(d_reads.len(), chunk.len * o.value_dim, "gradient of the reads");
-        if chunk.len > 0 {
+        if o.norm {
+            assert_eq!(d_norms.len(), chunk.len, "gradient of the norms");
+        }
+        if chunk.len + chunk.writes > 0 {
             let (scratch, back) = (&mut self.0, &mut self.1);
-            isa.run(Backward { chunk, state, d_reads, d_state, grads, scratch, back });
+            isa.run(Backward { chunk, state, d_reads, d_norms, d_state, grads, scratch, back });
         }
     }
 }

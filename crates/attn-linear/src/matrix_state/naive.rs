@@ -3,28 +3,39 @@
 //! ```text
 //! S~ = diag(e^gk) S diag(e^gv)
 //! S' = S~ + b (a^T S)^T + k v^T          tied: S' = S~ + k (v + strength o S^T a)^T; the erase reads S or S~
+//! z' = e^g z + k, norm = scale q . z'    with a norm
 //! o  = scale q^T S'                      or before the write: scale (q^T S + (sum_c q_c u_c k_c) v^T)
 //! ```
 
 use super::{Chunk, Decay, Erase, EraseAt, Options, Read};
+use attn_core::simd::Isa;
 
 /// Outputs of a sequence, and the state after it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sequence {
     /// `[len, value_dim]`.
     pub out: Vec<f64>,
-    /// `[key_dim, value_dim]`.
+    /// `[len]`, scaled, with [`Options::norm`].
+    pub norms: Vec<f64>,
+    /// `[key_dim, value_dim]`, and with a norm `z [key_dim]`.
     pub state: Vec<f64>,
 }
 
-/// Runs the recurrence over a whole sequence from a state `[key_dim, value_dim]`.
+/// Runs the recurrence over a whole sequence from a state.
 ///
 /// # Panics
 /// If a buffer has not the size that the options give it.
 pub fn recurrence(o: &Options, x: &Chunk, initial: &[f64]) -> Sequence {
+    if let Some(recurrence) = o.recurrence {
+        let (mut state, mut reads) = (initial.to_vec(), vec![0.0; x.len * o.value_dim]);
+        recurrence.run(Isa::Portable, o, x.piece(o), &mut state, &mut reads);
+        reads.iter_mut().for_each(|read| *read *= f64::from(o.scale));
+        return Sequence { out: reads, norms: Vec::new(), state };
+    }
     let (key_dim, value_dim) = (o.key_dim, o.value_dim);
     let at = |c: usize, j: usize| c * value_dim + j;
-    let mut s = initial.to_vec();
+    let (matrix, z) = initial.split_at(o.matrix_len());
+    let (mut s, mut z, mut norms) = (matrix.to_vec(), z.to_vec(), Vec::new());
     let mut out = Vec::with_capacity(x.len * value_dim);
     for i in 0..x.len {
         let q = row(&x.q, key_dim, i);
@@ -32,6 +43,7 @@ pub fn recurrence(o: &Options, x: &Chunk, initial: &[f64]) -> Sequence {
         for w in i * o.writes..(i + 1) * o.writes {
             let (k, v) = (row(&x.k, key_dim, w), row(&x.v, value_dim, w));
             let previous = s.clone();
+            z.iter_mut().enumerate().for_each(|(c, z)| *z = gate(o, x, w, c, 0) * *z + k[c]);
             for c in 0..key_dim {
                 for j in 0..value_dim {
                     s[at(c, j)] *= gate(o, x, w, c, j);
@@ -50,6 +62,9 @@ pub fn recurrence(o: &Options, x: &Chunk, initial: &[f64]) -> Sequence {
         }
         let read = |s: &[f64], j: usize| (0..key_dim).map(|c| q[c] * s[at(c, j)]).sum::<f64>();
         let scale = f64::from(o.scale);
+        if o.norm {
+            norms.push(scale * q.iter().zip(&z).map(|(q, z)| q * z).sum::<f64>());
+        }
         match o.read {
             Read::Post => out.extend((0..value_dim).map(|j| scale * read(&s, j))),
             Read::Pre => {
@@ -59,7 +74,8 @@ pub fn recurrence(o: &Options, x: &Chunk, initial: &[f64]) -> Sequence {
             }
         }
     }
-    Sequence { out, state: s }
+    s.extend(z);
+    Sequence { out, norms, state: s }
 }
 
 /// The quadratic form over a whole sequence: scores of all pairs and, with an erase, one triangular system.

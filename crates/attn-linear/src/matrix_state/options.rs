@@ -1,5 +1,6 @@
 //! The engine's option table: a variant is one row of it.
 
+use super::Recurrence;
 use attn_core::{AttnError, Result};
 
 /// Which side of the state fades, by how many different rates.
@@ -63,6 +64,11 @@ pub struct Options {
     pub read: Read,
     /// Writes of one token; it reads after the last of them.
     pub writes: usize,
+    /// The state has a last row `z [key_dim]`, the sum of the written keys, that fades as they do; with every read goes the
+    /// norm `q . z`.
+    pub norm: bool,
+    /// What takes the place of the engine's recurrence, where no option says it.
+    pub recurrence: Option<Recurrence>,
     /// Multiplies the read, never the state.
     pub scale: f32,
     /// Tokens the chunked form handles at once.
@@ -81,6 +87,8 @@ impl Options {
             erase_at: EraseAt::After,
             read: Read::Post,
             writes: 1,
+            norm: false,
+            recurrence: None,
             scale: 1.0,
             chunk_len: crate::CHUNK_LEN,
         }
@@ -98,6 +106,11 @@ impl Options {
 
     /// Numbers of a state.
     pub fn state_len(&self) -> usize {
+        self.matrix_len() + if self.norm { self.key_dim } else { 0 }
+    }
+
+    /// Numbers of its matrix, which come first.
+    pub fn matrix_len(&self) -> usize {
         self.key_dim * self.value_dim
     }
 
@@ -136,6 +149,10 @@ impl Options {
         let more = self.writes != 1 || self.erase != Erase::None || self.decay == Decay::Value;
         if self.read == Read::Pre && more {
             let what = "reading before the write with an erase, decays of values or several writes a token";
+            return Err(AttnError::unsupported(self.name, what));
+        }
+        if self.norm && (self.erase != Erase::None || self.decay == Decay::Value || self.read == Read::Pre) {
+            let what = "a norm with an erase, decays of values or reading before the write";
             return Err(AttnError::unsupported(self.name, what));
         }
         if self.erase != Erase::None && self.decay == Decay::Value {

@@ -2,7 +2,7 @@
 //!
 //! The formulas are generic over the float: f32 is the form that runs, f64 the definition.
 
-use super::{Chunk, Options};
+use super::{Options, Piece};
 use attn_core::simd::{Isa, Simd, SimdOp};
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -72,12 +72,11 @@ impl Recurrence {
         self,
         isa: Isa,
         o: &Options,
-        chunk: &Chunk,
+        chunk: Piece<'_>,
         state: &mut [F],
-        reads: &mut Vec<F>,
+        reads: &mut [F],
     ) {
-        reads.clear();
-        reads.resize(chunk.len * o.value_dim, F::of(0.0));
+        reads.fill(F::of(0.0));
         isa.run(Run { recurrence: self, o, chunk, state, reads });
     }
 }
@@ -85,7 +84,7 @@ impl Recurrence {
 struct Run<'a, F> {
     recurrence: Recurrence,
     o: &'a Options,
-    chunk: &'a Chunk,
+    chunk: Piece<'a>,
     state: &'a mut [F],
     reads: &'a mut [F],
 }
@@ -100,9 +99,9 @@ impl<F: Real> SimdOp for Run<'_, F> {
         let mut factor = vec![F::of(0.0); o.key_dim * o.key_dim];
         for (i, read) in reads.chunks_exact_mut(o.value_dim).enumerate() {
             match recurrence {
-                Recurrence::Oja => oja(o, chunk, i, state, read),
-                Recurrence::Momentum => momentum(o, chunk, i, state, &mut scratch[..o.value_dim], read),
-                Recurrence::Regression => regression(o, chunk, i, state, [&mut scratch, &mut factor], read),
+                Recurrence::Oja => oja(o, &chunk, i, state, read),
+                Recurrence::Momentum => momentum(o, &chunk, i, state, &mut scratch[..o.value_dim], read),
+                Recurrence::Regression => regression(o, &chunk, i, state, [&mut scratch, &mut factor], read),
             }
         }
     }
@@ -115,7 +114,7 @@ fn add_row<F: Real, X: Copy>(out: &mut [F], by: F, row: &[X], of: impl Fn(X) -> 
 }
 
 #[inline(always)]
-fn oja<F: Real>(o: &Options, x: &Chunk, i: usize, state: &mut [F], read: &mut [F]) {
+fn oja<F: Real>(o: &Options, x: &Piece<'_>, i: usize, state: &mut [F], read: &mut [F]) {
     let (key_dim, value_dim) = (o.key_dim, o.value_dim);
     let v = &x.v[i * value_dim..][..value_dim];
     let g = &x.log_decay[i * value_dim..][..value_dim];
@@ -133,7 +132,7 @@ fn oja<F: Real>(o: &Options, x: &Chunk, i: usize, state: &mut [F], read: &mut [F
 }
 
 #[inline(always)]
-fn momentum<F: Real>(o: &Options, x: &Chunk, i: usize, state: &mut [F], error: &mut [F], read: &mut [F]) {
+fn momentum<F: Real>(o: &Options, x: &Piece<'_>, i: usize, state: &mut [F], error: &mut [F], read: &mut [F]) {
     let (both, value_dim) = (o.key_dim, o.value_dim);
     let key_dim = both / 2;
     let (k, p) = x.k[i * both..][..both].split_at(key_dim);
@@ -159,7 +158,7 @@ fn momentum<F: Real>(o: &Options, x: &Chunk, i: usize, state: &mut [F], error: &
 #[inline(always)]
 fn regression<F: Real>(
     o: &Options,
-    x: &Chunk,
+    x: &Piece<'_>,
     i: usize,
     state: &mut [F],
     [solution, factor]: [&mut [F]; 2],

@@ -1,14 +1,12 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
+use super::head::{HeadRows, Stages, Step, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
-use super::variant::{Plan, StateVariant, Tokens};
-use super::{Chunk, Engine, naive};
-use attn_core::exact::Reference;
+use super::variant::{AnyVariant, Plan, Reads};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
-use attn_core::tile::widen;
-use attn_core::view::{Rows, RowsMut};
+use attn_core::view::RowsMut;
 use attn_core::{AttnError, DType, Element, OutMut, Result, ViewMut};
 use std::ops::Range;
 
@@ -16,11 +14,12 @@ use std::ops::Range;
 const SERIAL_FLOPS: u64 = 1 << 20;
 
 /// Sizes and plan of a call, checked.
-pub(super) fn prepare<V: StateVariant>(variant: &V, x: &Inputs<'_>) -> Result<(Sizes, Plan)> {
-    let sizes = x.sizes(V::NAME, V::EXTRAS)?;
+pub(super) fn prepare(variant: &dyn AnyVariant, x: &Inputs<'_>) -> Result<(Sizes, Plan)> {
+    let sizes = x.sizes(variant.name(), variant.extras())?;
     let plan = variant.plan(&sizes)?;
     plan.stages.iter().try_for_each(super::Options::check)?;
-    if sizes.keys != sizes.tokens * plan.keys_per_token {
+    variant.check_inputs(x)?;
+    if !variant.crosses() && sizes.keys != sizes.tokens * plan.keys_per_token {
         let expected = format!(
             "{} ({} for each of {} queries)",
             sizes.tokens * plan.keys_per_token,
@@ -48,9 +47,18 @@ pub(super) fn packed_sizes(sizes: &Sizes, cu_seqlens: Option<&[usize]>) -> Resul
     Ok(Sizes { batch: sizes.batch * sequences, ..sizes.clone() })
 }
 
+/// Refuses a memory together with queries that stand before it.
+pub(super) fn check_blind(variant: &dyn AnyVariant, plan: &Plan, sizes: &Sizes) -> Result<()> {
+    if blind(plan, sizes.tokens, sizes.keys) == 0 {
+        return Ok(());
+    }
+    let what = format!("a state with {} queries for {} keys", sizes.tokens, sizes.keys);
+    Err(AttnError::unsupported(variant.name(), what))
+}
+
 /// Runs `x`; `memory` is that before the first token, and afterwards that after the last, of every sequence.
-pub(super) fn forward<V: StateVariant>(
-    variant: &V,
+pub(super) fn forward(
+    variant: &dyn AnyVariant,
     x: &Inputs<'_>,
     cu_seqlens: Option<&[usize]>,
     out: OutMut<'_>,
@@ -69,8 +77,13 @@ pub(super) fn forward<V: StateVariant>(
         let (found, expected) = (out.dtype().to_string(), format!("{} (as in q)", x.q.dtype()));
         return Err(AttnError::DType { tensor: "out".into(), found, expected });
     }
+    if cuts.len() != 1 && sizes.keys != sizes.tokens * plan.keys_per_token {
+        let expected = format!("{} (as many as queries) in packed sequences", sizes.tokens);
+        return Err(AttnError::shape("k", "n_kv", sizes.keys, expected));
+    }
     if let Some(memory) = &memory {
         memory.check(&plan, &packed)?;
+        check_blind(variant, &plan, &sizes)?;
     }
     let call = Call { variant, x, sizes: &sizes, packed: &packed, plan: &plan, cuts: &cuts };
     match out {
@@ -80,13 +93,8 @@ pub(super) fn forward<V: StateVariant>(
     }
 }
 
-/// Tokens that the chunks of a problem hold at most.
-pub(super) fn chunk_len(plan: &Plan, tokens: usize) -> usize {
-    plan.stages.iter().map(|o| o.chunk_len).min().unwrap_or(1).min(tokens.max(1))
-}
-
-struct Call<'a, V> {
-    variant: &'a V,
+struct Call<'a> {
+    variant: &'a dyn AnyVariant,
     x: &'a Inputs<'a>,
     sizes: &'a Sizes,
     /// The memory's.
@@ -96,7 +104,7 @@ struct Call<'a, V> {
     cuts: &'a [Range<usize>],
 }
 
-impl<V: StateVariant> Call<'_, V> {
+impl Call<'_> {
     fn run<E: Element>(&self, out: ViewMut<'_, E>, memory: Option<&mut Memory>) -> Result<()> {
         let (sizes, plan) = (self.sizes, self.plan);
         let typed = |name: &str, view| {
@@ -118,220 +126,109 @@ impl<V: StateVariant> Call<'_, V> {
         // Blocks come batch by batch, head by head, sequence by sequence; memories sequence by sequence, head by head.
         let n = self.cuts.len();
         let mut memories: Vec<_> = memory.heads_mut().map(Some).collect();
-        let blocks = out.into_cuts(self.cuts.to_vec()).enumerate();
-        let tasks = blocks.map(|(at, block)| {
-            let (batch, head, sequence) = (block.batch, block.head, at % n);
+        // An output without rows has no blocks, yet keys change the memory.
+        let mut blocks = out.into_cuts(self.cuts.to_vec());
+        let tasks = (0..sizes.batch * sizes.heads * n).map(|at| {
+            let (batch, head, sequence) = (at / n / sizes.heads, at / n % sizes.heads, at % n);
             let tokens = self.cuts[sequence].clone();
-            let keys = tokens.start * plan.keys_per_token..tokens.end * plan.keys_per_token;
+            let per = plan.keys_per_token;
+            let keys = if n == 1 { 0..sizes.keys } else { tokens.start * per..tokens.end * per };
             let rows = [&q, &k, &v].map(|view| view.head(batch, head / (sizes.heads / view.shape()[1])));
-            let [q, k, v] = rows;
-            let mut extras = Vec::new();
-            cut_extras(&self.x.head_extras(sizes.heads, batch, head), sizes, &tokens, &keys, &mut extras);
+            let whole = Step { tokens: tokens.clone(), keys: keys.clone() };
+            let mut extras = self.x.head_extras(sizes.heads, batch, head);
+            for (name, rows) in &mut extras {
+                *rows = rows.slice(extra_range(self.variant.extras(), name, rows.len(), &whole));
+            }
             let memory = memories[(batch * n + sequence) * sizes.heads + head].take().unwrap_or_default();
-            let (q, k, v) = (q.slice(tokens), k.slice(keys.clone()), v.slice(keys));
-            Head { q, k, v, head, extras, memory, out: block.out }
+            let [q, k, v] = rows;
+            let rows =
+                HeadRows { q: q.slice(tokens), k: k.slice(keys.clone()), v: v.slice(keys), head, extras };
+            Head { rows, memory, out: blocks.next().map(|block| block.out) }
         });
         let tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
         let start = || Workspace::new(plan, sizes, E::DTYPE);
-        let run =
-            |w: &mut Workspace, head: Head<'_, E>| head.run(self.variant, self.sizes, self.plan, isa, w);
-        let flops: u64 = plan.stages.iter().map(|o| o.flops(sizes.tokens)).sum();
-        if tasks.len() as u64 * flops < SERIAL_FLOPS {
+        if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
             let mut workspace = start();
-            tasks.into_iter().for_each(|task| run(&mut workspace, task));
+            tasks.into_iter().for_each(|task| task.run(self, isa, &mut workspace));
         } else {
-            for_each_task(tasks.into_iter(), start, run);
+            for_each_task(tasks.into_iter(), start, |workspace, task| task.run(self, isa, workspace));
         }
         Ok(())
     }
 }
 
 /// A thread's buffers.
-pub(super) struct Workspace {
-    engines: Vec<Engine>,
-    chunks: Vec<Chunk>,
-    /// Half types widened: q, k, v.
-    wide: [Vec<f32>; 3],
-    reads: Vec<f32>,
+pub(super) struct Workspace<'a> {
+    stages: Stages,
+    wide: Widened<'a>,
     out: Vec<f32>,
 }
 
-impl Workspace {
+impl Workspace<'_> {
     fn new(plan: &Plan, sizes: &Sizes, dtype: DType) -> Self {
-        let len = chunk_len(plan, sizes.tokens);
-        let keys = len * plan.keys_per_token;
-        let wide = |len: usize| vec![0.0; if dtype == DType::F32 { 0 } else { len }];
         Self {
-            engines: plan.stages.iter().map(|o| Engine::new(o, len)).collect(),
-            chunks: plan.stages.iter().map(|o| Chunk::new(o, len)).collect(),
-            wide: [wide(len * sizes.head_dim), wide(keys * sizes.head_dim), wide(keys * sizes.head_dim_v)],
-            reads: Vec::new(),
-            out: vec![0.0; len * sizes.head_dim_v],
+            stages: Stages::new(plan, sizes),
+            wide: Widened::new(plan, sizes, dtype != DType::F32),
+            out: vec![0.0; chunk_len(plan, sizes) * sizes.head_dim_v],
         }
     }
 
     /// Bytes of [`Workspace::new`].
     pub(super) fn bytes(plan: &Plan, sizes: &Sizes, dtype: DType) -> u64 {
-        let len = chunk_len(plan, sizes.tokens);
+        let len = chunk_len(plan, sizes);
         let keys = len * plan.keys_per_token;
         let wide = len * sizes.head_dim + keys * (sizes.head_dim + sizes.head_dim_v);
         let wide = if dtype == DType::F32 { 0 } else { wide };
-        let engines: usize = plan.stages.iter().map(|o| Engine::bytes(o, len) + 4 * len * o.value_dim).sum();
-        (engines + 4 * (wide + len * sizes.head_dim_v)) as u64
+        (Stages::bytes(plan, sizes) + 4 * (wide + len * sizes.head_dim_v)) as u64
     }
 }
 
 /// One head's task.
 struct Head<'a, E> {
-    q: Rows<'a, E>,
-    k: Rows<'a, E>,
-    v: Rows<'a, E>,
-    head: usize,
-    extras: Vec<(&'static str, Rows<'a, f32>)>,
+    rows: HeadRows<'a, E>,
     memory: &'a mut [f32],
-    out: RowsMut<'a, E>,
+    /// `None` without rows.
+    out: Option<RowsMut<'a, E>>,
 }
 
-impl<E: Element> Head<'_, E> {
-    fn run<V: StateVariant>(self, variant: &V, sizes: &Sizes, plan: &Plan, isa: Isa, w: &mut Workspace) {
-        let Self { q, k, v, head, extras, memory, mut out } = self;
-        let (len, per) = (chunk_len(plan, sizes.tokens), plan.keys_per_token);
-        let own = Sizes { tokens: q.len(), keys: k.len(), ..sizes.clone() };
-        let (matrices, carry) = memory.split_at_mut(plan.matrices_len());
-        let mut pieces = Vec::with_capacity(extras.len());
-        for first in (0..own.tokens).step_by(len) {
-            let tokens = first..(first + len).min(own.tokens);
-            let keys = tokens.start * per..tokens.end * per;
-            cut_extras(&extras, &own, &tokens, &keys, &mut pieces);
-            let [wide_q, wide_k, wide_v] = &mut w.wide;
-            let x = Tokens {
-                q: load(isa, q.slice(tokens.clone()), wide_q),
-                k: load(isa, k.slice(keys.clone()), wide_k),
-                v: load(isa, v.slice(keys), wide_v),
-                head,
-                heads: sizes.heads,
-                extras: &pieces,
-            };
-            let mut matrices = &mut *matrices;
-            for (stage, options) in plan.stages.iter().enumerate() {
-                let (before, these) = w.chunks.split_at_mut(stage);
-                let chunk = &mut these[0];
-                chunk.resize(options, tokens.len());
-                match before.last() {
-                    None => variant.fill(&x, carry, chunk),
-                    Some(first) => variant.refill(&x, first, &w.reads, chunk),
-                }
-                let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
-                matrices = rest;
-                if let Some(recurrence) = variant.recurrence() {
-                    recurrence.run(isa, options, chunk, matrix, &mut w.reads);
-                    w.reads.iter_mut().for_each(|read| *read *= options.scale);
-                    continue;
-                }
-                let reads = w.engines[stage].run(isa, chunk, matrix);
-                w.reads.clear();
-                w.reads.extend(reads.iter().map(|read| options.scale * read));
+impl<'a, E: Element> Head<'a, E> {
+    fn run(self, call: &Call<'_>, isa: Isa, w: &mut Workspace<'a>) {
+        let Self { rows, memory, mut out } = self;
+        let Call { variant, sizes, plan, .. } = *call;
+        let (tokens, keys) = (rows.q.len(), rows.k.len());
+        if let Some(out) = &mut out {
+            (0..blind(plan, tokens, keys)).for_each(|i| out.row_mut(i).fill(E::ZERO));
+        }
+        for step in steps(plan, chunk_len(plan, sizes), tokens, keys) {
+            let x = rows.tokens(isa, variant, sizes, &step, &mut w.wide);
+            let (mut reads, chunk) = w.stages.run(variant, plan, &x, memory);
+            let Some(out) = out.as_mut().filter(|_| !step.tokens.is_empty()) else { continue };
+            if variant.finishes() {
+                let done = &mut w.out[..step.tokens.len() * sizes.head_dim_v];
+                variant.finish(&x, chunk, reads, done);
+                reads = Reads { rows: done, norms: &[], scale: 1.0 };
             }
-            let done = &mut w.out[..tokens.len() * sizes.head_dim_v];
-            if let Some(chunk) = w.chunks.last() {
-                variant.finish(&x, chunk, &w.reads, done);
-            }
-            for (i, row) in tokens.zip(done.chunks_exact(sizes.head_dim_v)) {
-                out.row_mut(i).iter_mut().zip(row).for_each(|(o, x)| *o = E::store(*x));
-            }
+            isa.run(Store { reads, rows: step.tokens, out });
         }
     }
 }
 
-/// The rows of each extra input that belong to some tokens.
-pub(super) fn cut_extras<'a>(
-    extras: &[(&'static str, Rows<'a, f32>)],
-    sizes: &Sizes,
-    tokens: &Range<usize>,
-    keys: &Range<usize>,
-    pieces: &mut Vec<(&'static str, Rows<'a, f32>)>,
-) {
-    pieces.clear();
-    for (name, rows) in extras {
-        let range = if rows.len() == sizes.tokens { tokens } else { keys };
-        pieces.push((name, rows.slice(range.clone())));
-    }
+/// Scales, rounds and stores what some rows have read.
+struct Store<'a, 'o, E> {
+    reads: Reads<'a>,
+    rows: Range<usize>,
+    out: &'a mut RowsMut<'o, E>,
 }
 
-/// Rows as f32: in place where they are that already.
-pub(super) fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f32]) -> Rows<'a, f32> {
-    struct Widen<'a, E>(Rows<'a, E>, &'a mut [f32]);
-    impl<E: Element> SimdOp for Widen<'_, E> {
-        type Output = ();
+impl<E: Element> SimdOp for Store<'_, '_, E> {
+    type Output = ();
 
-        #[inline(always)]
-        fn eval<S: Simd>(self, _: S) {
-            widen(self.0, self.1);
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) {
+        let Self { reads, rows, out } = self;
+        for (i, read) in rows.zip(reads.rows.chunks_exact(out.width().max(1))) {
+            out.row_mut(i).iter_mut().zip(read).for_each(|(o, x)| *o = E::store(reads.scale * x));
         }
     }
-    let (len, width) = (rows.len(), rows.width());
-    match E::as_f32(rows.data()) {
-        Some(data) => Rows::new(data, len, width, rows.stride()),
-        None => {
-            let wide = &mut wide[..len * width];
-            isa.run(Widen(rows, wide));
-            Rows::new(wide, len, width, width)
-        }
-    }
-}
-
-/// The definition: the variant's front end and back end around the recurrence in f64 over the whole sequence.
-pub(super) fn definition<V: StateVariant>(
-    variant: &V,
-    x: &Inputs<'_>,
-    memory: Option<&Memory>,
-) -> Result<Reference> {
-    let (sizes, plan) = prepare(variant, x)?;
-    let mut memory = memory.cloned().unwrap_or_else(|| Memory::new(&plan, &sizes));
-    memory.check(&plan, &sizes)?;
-    let heads = (0..sizes.batch).flat_map(|batch| (0..sizes.heads).map(move |head| (batch, head)));
-    let mut out = Vec::new();
-    for ((batch, head), memory) in heads.zip(memory.heads_mut()) {
-        let rows = |view: &attn_core::TensorView<'_>| {
-            let own = head / (sizes.heads / view.shape()[1]);
-            view.head_f64(batch, own).iter().map(|x| *x as f32).collect::<Vec<_>>()
-        };
-        let (q, k, v) = (rows(&x.q), rows(&x.k), rows(&x.v));
-        let extras = x.head_extras(sizes.heads, batch, head);
-        let tokens = Tokens {
-            q: Rows::new(&q, sizes.tokens, sizes.head_dim, sizes.head_dim),
-            k: Rows::new(&k, sizes.keys, sizes.head_dim, sizes.head_dim),
-            v: Rows::new(&v, sizes.keys, sizes.head_dim_v, sizes.head_dim_v),
-            head,
-            heads: sizes.heads,
-            extras: &extras,
-        };
-        let (mut matrices, carry) = memory.split_at_mut(plan.matrices_len());
-        let (mut reads, mut chunk) = (Vec::new(), Chunk::default());
-        for (stage, options) in plan.stages.iter().enumerate() {
-            let first = std::mem::replace(&mut chunk, Chunk::new(options, sizes.tokens));
-            if stage == 0 {
-                variant.fill(&tokens, carry, &mut chunk);
-            } else {
-                variant.refill(&tokens, &first, &reads, &mut chunk);
-            }
-            let (matrix, rest) = std::mem::take(&mut matrices).split_at_mut(options.state_len());
-            let initial: Vec<f64> = matrix.iter().map(|s| f64::from(*s)).collect();
-            matrices = rest;
-            let wide = match variant.recurrence() {
-                None => naive::recurrence(options, &chunk, &initial).out,
-                Some(recurrence) => {
-                    let (mut state, mut reads) = (initial, Vec::new());
-                    recurrence.run(Isa::Portable, options, &chunk, &mut state, &mut reads);
-                    reads.iter().map(|read| f64::from(options.scale) * read).collect()
-                }
-            };
-            reads = wide.iter().map(|x| *x as f32).collect();
-        }
-        let mut done = vec![0.0; sizes.tokens * sizes.head_dim_v];
-        variant.finish(&tokens, &chunk, &reads, &mut done);
-        out.extend(done.into_iter().map(f64::from));
-    }
-    Ok(Reference { out, lse: None })
 }

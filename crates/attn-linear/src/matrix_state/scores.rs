@@ -1,8 +1,9 @@
 //! Scores inside a chunk: decay-weighted inner products of readers with the writes before them.
 //!
 //! `out_ij = sum_c x_ic y_jc 2^(E_ic - G_jc)` for the writes `j` that reader `i` sees, 0 for the others, where `E_i = G_at`
-//! is the cumulative decay the reader stands at. Readers near the start of the chunk (see [`super::fading`]) are one
-//! product of `x o down` with `y o up`; the others are done pair by pair.
+//! is the cumulative decay the reader stands at. Where all channels decay alike, the weight is that of the whole score.
+//! Else readers near the start of the chunk (see [`super::fading`]) are one product of `x o down` with `y o up`; the others
+//! are done pair by pair.
 
 use super::fading::{Fading, weigh};
 use attn_core::simd::{Simd, SimdBase, SimdFloat};
@@ -16,7 +17,7 @@ pub(super) const BLOCK: usize = MAX_LANES;
 pub(super) struct Readers<'a> {
     /// `x [rows, key_dim]`.
     pub(super) plain: &'a [f32],
-    /// `x o down` of where they stand.
+    /// `x o down` of where they stand, if every channel has its own decay.
     pub(super) faded: &'a [f32],
     /// The write whose decay a reader stands at; `None` is the chunk's start.
     pub(super) at: &'a dyn Fn(usize) -> Option<usize>,
@@ -29,7 +30,7 @@ pub(super) struct Readers<'a> {
 pub(super) struct Columns {
     /// `y^T [key_dim, stride]`.
     plain: Vec<f32>,
-    /// `(y o up)^T`; empty where no key decays.
+    /// `(y o up)^T`; empty unless every channel has its own decay.
     up: Vec<f32>,
     stride: usize,
     key_dim: usize,
@@ -82,7 +83,8 @@ pub(super) fn scores<S: Simd>(
     for first in (0..readers.rows).step_by(BLOCK) {
         let rows = BLOCK.min(readers.rows - first);
         let width = ((readers.seen)(first + rows - 1)).next_multiple_of(MAX_LANES).min(stride);
-        let near = (first..first + rows).take_while(|i| fading.is_near((readers.at)(*i))).count();
+        let alike = fading.key_width <= 1;
+        let near = (first..first + rows).take_while(|i| alike || fading.is_near((readers.at)(*i))).count();
         let mut multiply = |x: &[f32], y: &[f32], from: usize, rows: usize| {
             product(
                 simd,
@@ -93,26 +95,15 @@ pub(super) fn scores<S: Simd>(
                 Start::Zero,
             );
         };
-        multiply(readers.faded, columns.near(), first, near);
-        if near < rows && fading.key_width == 1 {
-            multiply(readers.plain, &columns.plain, first + near, rows - near);
-        }
+        multiply(if alike { readers.plain } else { readers.faded }, columns.near(), first, near);
         for i in first..first + rows {
             let (at, seen) = ((readers.at)(i), (readers.seen)(i));
             let row = &mut out[i * stride..][..stride];
             if i >= first + near {
-                if fading.key_width == 1 {
-                    let mut weights = [0.0; BLOCK];
-                    for from in (0..seen).step_by(BLOCK) {
-                        let weights = &mut weights[..BLOCK.min(seen - from)];
-                        fading.scalar_weights(simd, at, from, weights);
-                        row[from..].iter_mut().zip(&*weights).for_each(|(score, w)| *score *= w);
-                    }
-                } else {
-                    let x = &readers.plain[i * key_dim..][..key_dim];
-                    pairs(simd, x, at, columns, fading, &mut row[..width]);
-                }
+                let x = &readers.plain[i * key_dim..][..key_dim];
+                pairs(simd, x, at, columns, fading, &mut row[..width]);
             }
+            fading.weigh_scores(simd, at, &mut row[..seen]);
             // Not left to a weight of 0: it would keep a NaN.
             row[seen..].fill(0.0);
         }

@@ -7,14 +7,15 @@
 //! The state is read and written once a write, and read once more first by an erase; bound by memory traffic.
 
 use super::attend::{Scratch, written};
+use super::lanes::{across, dot};
 use super::weights::{cumulate, losses};
-use super::{Chunk, Decay, Erase, EraseAt, Options, Read};
+use super::{Decay, Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
 
 /// Some tokens, one after another.
 pub(super) struct Steps<'a> {
-    pub(super) chunk: &'a Chunk,
+    pub(super) chunk: Piece<'a>,
     pub(super) state: &'a mut [f32],
     pub(super) scratch: &'a mut Scratch,
 }
@@ -25,7 +26,8 @@ impl SimdOp for Steps<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, state, scratch: x } = self;
-        let o = x.options;
+        let (o, chunk) = (x.options, &chunk);
+        let (state, z) = state.split_at_mut(o.matrix_len());
         let Options { key_dim, value_dim, .. } = o;
         for i in 0..chunk.len {
             let q = &chunk.q[i * key_dim..][..key_dim];
@@ -38,7 +40,7 @@ impl SimdOp for Steps<'_> {
                 let reads = &mut x.reads[i * value_dim..][..value_dim];
                 let own = (o.read == Read::Pre).then(|| {
                     let k = &chunk.k[w * key_dim..];
-                    let own: f32 = q.iter().zip(k).zip(&chunk.bonus).map(|((q, k), u)| q * k * u).sum();
+                    let own: f32 = q.iter().zip(k).zip(chunk.bonus).map(|((q, k), u)| q * k * u).sum();
                     read_state(simd, &o, q, state, reads);
                     own
                 });
@@ -49,13 +51,19 @@ impl SimdOp for Steps<'_> {
                 let write = Write {
                     o: &o,
                     loss: &x.fading.loss,
-                    k: &chunk.k[key(&chunk.k)],
+                    k: &chunk.k[key(chunk.k)],
                     v: &written(chunk, &x.solved, o.erase)[value.clone()],
                     by: (o.erase == Erase::Untied)
-                        .then(|| (&chunk.b[key(&chunk.b)], &x.solved[value.clone()])),
+                        .then(|| (&chunk.b[key(chunk.b)], &x.solved[value.clone()])),
                     q: (last && o.read == Read::Post).then_some(q),
                 };
                 write.run(simd, state, reads);
+                if !z.is_empty() {
+                    for (c, (z, k)) in z.iter_mut().zip(write.k).enumerate() {
+                        *z += write.row_loss(c) * *z + k;
+                    }
+                    x.norms[i] = across(simd, dot(simd, q, z));
+                }
                 if let Some(own) = own {
                     reads.iter_mut().zip(&chunk.v[value]).for_each(|(x, v)| *x += own * v);
                 }
@@ -66,7 +74,7 @@ impl SimdOp for Steps<'_> {
 
 /// `e^g - 1` of write `w` into the fading's `loss`.
 #[inline(always)]
-fn fade_losses<S: Simd>(simd: S, chunk: &Chunk, w: usize, x: &mut Scratch) {
+fn fade_losses<S: Simd>(simd: S, chunk: &Piece<'_>, w: usize, x: &mut Scratch) {
     let fading = &mut x.fading;
     let width = fading.width;
     if width > 0 {
@@ -89,7 +97,7 @@ fn read_state<S: Simd>(simd: S, o: &Options, row: &[f32], state: &[f32], out: &m
 
 /// What the erase of write `w` reads, into its row of `solved`; tied, with the value added.
 #[inline(always)]
-fn erase<S: Simd>(simd: S, chunk: &Chunk, w: usize, state: &[f32], x: &mut Scratch) {
+fn erase<S: Simd>(simd: S, chunk: &Piece<'_>, w: usize, state: &[f32], x: &mut Scratch) {
     let o = x.options;
     let Options { key_dim, value_dim, .. } = o;
     let a = &chunk.a[w * key_dim..][..key_dim];

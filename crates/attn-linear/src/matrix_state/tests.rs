@@ -68,18 +68,21 @@ fn all_options() -> Vec<Options> {
         for erase in [Erase::None, Erase::Tied, Erase::Untied] {
             for erase_at in [EraseAt::Before, EraseAt::After] {
                 for (read, writes) in [(Read::Post, 1), (Read::Pre, 1), (Read::Post, 3)] {
-                    let o = Options {
-                        decay,
-                        erase,
-                        erase_at,
-                        read,
-                        writes,
-                        scale: 0.7,
-                        ..Options::new("test", 5, 9)
-                    };
-                    let repeated = erase == Erase::None && erase_at == EraseAt::Before;
-                    if o.check().is_ok() && !repeated {
-                        all.push(o);
+                    for norm in [false, true] {
+                        let o = Options {
+                            norm,
+                            decay,
+                            erase,
+                            erase_at,
+                            read,
+                            writes,
+                            scale: 0.7,
+                            ..Options::new("test", 5, 9)
+                        };
+                        let repeated = erase == Erase::None && erase_at == EraseAt::Before;
+                        if o.check().is_ok() && !repeated {
+                            all.push(o);
+                        }
                     }
                 }
             }
@@ -88,14 +91,17 @@ fn all_options() -> Vec<Options> {
     all
 }
 
-/// Runs `x` in pieces of `chunk_len` tokens; gives outputs and the final state.
+/// Runs `x` in pieces of `chunk_len` tokens; gives outputs, with their norms behind them, and the final state.
 fn run(isa: Isa, o: &Options, x: &Chunk, initial: &[f32], chunk_len: usize) -> (Vec<f32>, Vec<f32>) {
     let mut engine = Engine::new(o, chunk_len);
-    let (mut out, mut state) = (Vec::new(), initial.to_vec());
+    let (mut out, mut norms, mut state) = (Vec::new(), Vec::new(), initial.to_vec());
     for first in (0..x.len).step_by(chunk_len) {
         let piece = x.slice(o, first..(first + chunk_len).min(x.len));
-        out.extend(engine.run(isa, &piece, &mut state).iter().map(|read| o.scale * read));
+        let reads = engine.run(isa, piece.piece(o), &mut state);
+        out.extend(reads.rows.iter().map(|read| o.scale * read));
+        norms.extend(reads.norms.iter().map(|norm| o.scale * norm));
     }
+    out.extend(norms);
     (out, state)
 }
 
@@ -121,7 +127,7 @@ fn every_form_gives_the_definition_for_every_option_length_and_chunk() {
                 for chunk_len in [1, 3, 5, 16, 17, 64] {
                     let (out, state) = run(Isa::current(), &o, &x, &initial, chunk_len);
                     let what = format!("{o:?} {strength:?} len {len} chunk {chunk_len}");
-                    assert_close(&format!("out, {what}"), &out, &want.out, TOL);
+                    assert_close(&format!("out, {what}"), &out, &[&want.out[..], &want.norms].concat(), TOL);
                     assert_close(&format!("state, {what}"), &state, &want.state, TOL);
                 }
             }
@@ -143,7 +149,7 @@ fn every_isa_gives_the_definition_in_every_width() {
                 for chunk_len in [2, 16] {
                     let (out, state) = run(isa, &o, &x, &initial, chunk_len);
                     let what = format!("{isa} {o:?} chunk {chunk_len}");
-                    assert_close(&format!("out, {what}"), &out, &want.out, tol);
+                    assert_close(&format!("out, {what}"), &out, &[&want.out[..], &want.norms].concat(), tol);
                     assert_close(&format!("state, {what}"), &state, &want.state, tol);
                 }
             }
@@ -203,11 +209,11 @@ fn a_slow_decay_is_not_rounded_away() {
     }
 }
 
-/// The weighted sum of outputs and final state that gradients are taken of, in f64.
+/// The weighted sum of outputs, norms and final state that gradients are taken of, in f64.
 fn loss(o: &Options, x: &Chunk, initial: &[f64], by_out: &[f64], by_state: &[f64]) -> f64 {
     let got = recurrence(o, x, initial);
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    dot(&got.out, by_out) + dot(&got.state, by_state)
+    dot(&got.out, by_out) + dot(&got.norms, by_out) + dot(&got.state, by_state)
 }
 
 /// Gradients of a whole sequence, chunk by chunk backwards; and that of the initial state.
@@ -224,7 +230,7 @@ fn gradients(
     let pieces: Vec<_> = (0..x.len).step_by(len).map(|first| first..(first + len).min(x.len)).collect();
     for piece in &pieces {
         states.push(state.clone());
-        engine.run(Isa::current(), &x.slice(o, piece.clone()), &mut state);
+        engine.run(Isa::current(), x.slice(o, piece.clone()).piece(o), &mut state);
     }
     let mut all = Chunk { bonus: vec![0.0; x.bonus.len()], ..Chunk::default() };
     let mut d_state: Vec<f32> = by_state.iter().map(|x| *x as f32).collect();
@@ -233,12 +239,15 @@ fn gradients(
             .iter()
             .map(|d| o.scale * *d as f32)
             .collect();
+        // The norms' weights are the first of the outputs'.
+        let norms = if o.norm { piece.clone() } else { 0..0 };
+        let d_norms: Vec<f32> = by_out[norms].iter().map(|d| o.scale * *d as f32).collect();
         let mut grads = Chunk::default();
         engine.backward(
             Isa::current(),
-            &x.slice(o, piece.clone()),
+            x.slice(o, piece.clone()).piece(o),
             state,
-            &d_reads,
+            [&d_reads, &d_norms],
             &mut d_state,
             &mut grads,
         );

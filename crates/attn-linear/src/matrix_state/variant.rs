@@ -1,10 +1,11 @@
 //! What a variant of the matrix-state engine decides: its options, its front end and its back end.
 
-use super::inputs::{Extra, Sizes};
+use super::inputs::{Extra, Inputs, Sizes};
 use super::memory::Part;
-use super::{Chunk, Options, Recurrence};
+use super::{Chunk, Options};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
+use attn_core::simd::Isa;
 use attn_core::view::Rows;
 
 /// What a problem of certain sizes becomes.
@@ -17,13 +18,24 @@ pub struct Plan {
     pub keys_per_token: usize,
     /// A head's memory: the stages' matrices first, then what the front end carries from chunk to chunk.
     pub parts: Vec<Part>,
+    /// Whether a query sees no later key; otherwise all of them, through the state of all.
+    pub causal: bool,
 }
 
 impl Plan {
     /// One stage whose memory is its matrix, called `initial_state` before and `sT` after.
     pub fn new(options: Options) -> Self {
         let state = Part::matrix("initial_state", "sT", 0, options.key_dim, options.value_dim);
-        Self { stages: vec![options], keys_per_token: 1, parts: vec![state] }
+        Self { stages: vec![options], keys_per_token: 1, parts: vec![state], causal: true }
+    }
+
+    /// With the norm's sums, the first stage's, as a part.
+    #[must_use]
+    pub fn with_norm(mut self, initial: &'static str, after: &'static str) -> Self {
+        let o = &self.stages[0];
+        let part = Part::row(initial, after, o.matrix_len(), o.key_dim);
+        self.parts.push(part);
+        self
     }
 
     /// With `len` more numbers of a head's memory, `start` at first.
@@ -32,6 +44,14 @@ impl Plan {
         let offset = self.memory_len();
         self.parts.push(Part::row(initial, after, offset, len).starting_at(start));
         self
+    }
+
+    /// FLOPs of one head's products.
+    pub fn flops(&self, sizes: &Sizes) -> u64 {
+        let (tokens, writers) = (sizes.tokens, sizes.keys / self.keys_per_token);
+        let seen = if self.causal { tokens.min(writers) } else { 0 };
+        let alone = |o: &Options| ((tokens - seen) + (writers - seen) * o.writes) * o.matrix_len();
+        self.stages.iter().map(|o| o.flops(seen) + 2 * alone(o) as u64).sum()
     }
 
     /// Numbers of a head's memory.
@@ -58,18 +78,20 @@ pub struct Tokens<'a> {
     pub head: usize,
     /// Heads of the output.
     pub heads: usize,
+    /// What the CPU runs.
+    pub isa: Isa,
     pub(super) extras: &'a [(&'static str, Rows<'a, f32>)],
 }
 
 impl<'a> Tokens<'a> {
-    /// Tokens.
+    /// Tokens: as many as there are queries or, without queries, keys.
     pub fn len(&self) -> usize {
-        self.q.len()
+        if self.q.is_empty() { self.k.len() } else { self.q.len() }
     }
 
     /// True without tokens.
     pub fn is_empty(&self) -> bool {
-        self.q.is_empty()
+        self.len() == 0
     }
 
     /// The rows of the extra input `name`, if it is given.
@@ -83,6 +105,33 @@ impl<'a> Tokens<'a> {
     }
 }
 
+/// What some tokens have read.
+#[derive(Debug, Clone, Copy)]
+pub struct Reads<'a> {
+    /// `[len, value_dim]`, to be multiplied by the scale.
+    pub rows: &'a [f32],
+    /// With [`Options::norm`], `[len]`, likewise.
+    pub norms: &'a [f32],
+    /// [`Options::scale`].
+    pub scale: f32,
+}
+
+/// Inputs that are the engine's rows as they are: they are not copied, and the front end leaves them alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Given {
+    /// Queries.
+    pub q: bool,
+    /// Keys.
+    pub k: bool,
+    /// Values.
+    pub v: bool,
+}
+
+impl Given {
+    /// All three.
+    pub const QKV: Self = Self { q: true, k: true, v: true };
+}
+
 /// Gradients of some tokens' inputs, all zero at first.
 #[derive(Debug)]
 pub struct Pull<'a> {
@@ -92,6 +141,12 @@ pub struct Pull<'a> {
     pub k: &'a mut [f32],
     /// `[keys, head_dim_v]`.
     pub v: &'a mut [f32],
+    /// What the front end carried to these tokens.
+    pub carry: &'a [f32],
+    /// Gradient of what it carries on; to become that of `carry`.
+    pub d_carry: &'a mut [f32],
+    /// What the back end leaves to the front end.
+    pub notes: Vec<f32>,
     pub(super) extras: Vec<(&'static str, &'a mut [f32])>,
 }
 
@@ -150,23 +205,36 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
     /// [`attn_core::AttnError`] for an option that makes no sense or inputs that do not go together.
     fn plan(&self, sizes: &Sizes) -> Result<Plan>;
 
+    /// Refuses numbers that make no sense.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError::Value`] naming the input.
+    fn check_inputs(&self, x: &Inputs<'_>) -> Result<()> {
+        let _ = x;
+        Ok(())
+    }
+
     /// The front end: fills `chunk` from the tokens; `carry` is the head's memory behind the matrices.
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk);
+
+    /// What the engine takes from the inputs as it is.
+    const GIVEN: Given = Given { q: false, k: false, v: false };
+
+    /// Whether there may be more or fewer keys than queries: then the last of both stand together, and the front end may
+    /// see tokens without queries, or without keys.
+    const CROSS: bool = false;
 
     /// What the second stage is given once the first has read `reads [len, value_dim]`, scaled, of the chunk `first`.
     fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
         let _ = (x, first, reads, chunk);
     }
 
-    /// The back end: what becomes of the last stage's reads `[len, value_dim]`, scaled; `out [len, head_dim_v]`.
-    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
-        let _ = (x, chunk);
-        out.copy_from_slice(reads);
-    }
+    /// Whether there is a back end, [`StateVariant::finish`]; else what is read, scaled, is the output.
+    const FINISHES: bool = false;
 
-    /// What takes the place of the engine's recurrence in a plan of one stage, where the engine has no option for it.
-    fn recurrence(&self) -> Option<Recurrence> {
-        None
+    /// The back end: what becomes of the last stage's reads; `out [len, head_dim_v]`.
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
+        let _ = (x, chunk, reads, out);
     }
 
     /// Whether [`StateVariant::pull`] gives the gradients of all inputs.
@@ -178,6 +246,39 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
         let _ = (x, chunk, grads, d_out, to);
     }
 
+    /// The back end backwards: from `d_out [len, head_dim_v]` to the gradients of the reads' rows and norms, before they are
+    /// scaled. It may leave [`Pull::notes`] to [`StateVariant::pull`].
+    fn pull_finish(
+        &self,
+        x: &Tokens<'_>,
+        chunk: &Chunk,
+        reads: Reads<'_>,
+        d_out: &[f32],
+        [d_rows, d_norms]: [&mut [f32]; 2],
+        to: &mut Pull<'_>,
+    ) {
+        let _ = (x, chunk, d_norms, to);
+        d_rows.iter_mut().zip(d_out).for_each(|(d_row, d)| *d_row = reads.scale * d);
+    }
+
+    /// [`StateVariant::refill`] backwards: from the gradients of the second chunk's rows to those of what the first stage
+    /// read, scaled, in `d_reads`, and of inputs; what the first chunk's `v` and `log_decay` gain is `gained`, 0 at first.
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    ) {
+        let _ = (second, grads, d_reads, gained, to);
+    }
+
+    /// Whether no query sees a later key.
+    fn is_causal(&self) -> bool {
+        true
+    }
+
     /// Whether outputs are averages of values.
     fn is_convex(&self) -> bool {
         false
@@ -186,5 +287,111 @@ pub trait StateVariant: Clone + Send + Sync + 'static {
     /// Largest error of f32 outputs against the definition, as a share of the largest.
     fn max_error(&self) -> f64 {
         4e-6
+    }
+}
+
+/// A [`StateVariant`] behind a pointer, so that what drives it is compiled once for all of them.
+pub(super) trait AnyVariant: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn extras(&self) -> &'static [Extra];
+    fn differentiable(&self) -> bool;
+    fn given(&self) -> Given;
+    fn crosses(&self) -> bool;
+    fn finishes(&self) -> bool;
+    fn plan(&self, sizes: &Sizes) -> Result<Plan>;
+    fn check_inputs(&self, x: &Inputs<'_>) -> Result<()>;
+    fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk);
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk);
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: Reads<'_>, out: &mut [f32]);
+    fn pull_finish(
+        &self,
+        x: &Tokens<'_>,
+        chunk: &Chunk,
+        reads: Reads<'_>,
+        d_out: &[f32],
+        d_reads: [&mut [f32]; 2],
+        to: &mut Pull<'_>,
+    );
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    );
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>);
+}
+
+impl<V: StateVariant> AnyVariant for V {
+    fn name(&self) -> &'static str {
+        V::NAME
+    }
+
+    fn extras(&self) -> &'static [Extra] {
+        V::EXTRAS
+    }
+
+    fn differentiable(&self) -> bool {
+        V::DIFFERENTIABLE
+    }
+
+    fn given(&self) -> Given {
+        V::GIVEN
+    }
+
+    fn crosses(&self) -> bool {
+        V::CROSS
+    }
+
+    fn finishes(&self) -> bool {
+        V::FINISHES
+    }
+
+    fn plan(&self, sizes: &Sizes) -> Result<Plan> {
+        StateVariant::plan(self, sizes)
+    }
+
+    fn check_inputs(&self, x: &Inputs<'_>) -> Result<()> {
+        StateVariant::check_inputs(self, x)
+    }
+
+    fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
+        StateVariant::fill(self, x, carry, chunk);
+    }
+
+    fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
+        StateVariant::refill(self, x, first, reads, chunk);
+    }
+
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
+        StateVariant::finish(self, x, chunk, reads, out);
+    }
+
+    fn pull_finish(
+        &self,
+        x: &Tokens<'_>,
+        chunk: &Chunk,
+        reads: Reads<'_>,
+        d_out: &[f32],
+        d_reads: [&mut [f32]; 2],
+        to: &mut Pull<'_>,
+    ) {
+        StateVariant::pull_finish(self, x, chunk, reads, d_out, d_reads, to);
+    }
+
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    ) {
+        StateVariant::pull_refill(self, second, grads, d_reads, gained, to);
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        StateVariant::pull(self, x, chunk, grads, d_out, to);
     }
 }

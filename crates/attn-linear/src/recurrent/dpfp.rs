@@ -1,7 +1,8 @@
 //! Fast weights with the delta rule on deterministic parameter-free projections of queries and keys.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, UNIT_SCALE};
-use crate::matrix_state::{Chunk, Erase, Extra, Options, Plan, Sizes, StateVariant, Tokens, copy};
+use super::pull;
+use crate::matrix_state::{Chunk, Erase, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, copy};
 use attn_core::registry::OptionSpec;
 use attn_core::view::Rows;
 use attn_core::{AttnError, Result};
@@ -45,6 +46,38 @@ impl FwpDpfp {
     }
 }
 
+impl FwpDpfp {
+    /// From the gradients of `features` to those of the rows.
+    fn pull_features(&self, rows: Rows<'_, f32>, features: &[f32], d_features: &[f32], d_rows: &mut [f32]) {
+        let (own, both) = (rows.width(), 2 * rows.width());
+        let all = features.chunks_exact(self.nu * both).zip(d_features.chunks_exact(self.nu * both));
+        for ((x, (f, d_f)), d_x) in rows.iter().zip(all).zip(d_rows.chunks_exact_mut(own)) {
+            let sides: Vec<f32> =
+                x.iter().map(|x| x.max(0.0)).chain(x.iter().map(|x| (-x).max(0.0))).collect();
+            let partner = |i: usize, shift: usize| (i + both - shift - 1) % both;
+            let product = |at: usize| sides[at % both] * sides[partner(at % both, at / both)];
+            let sum: f32 = (0..self.nu * both).map(product).sum::<f32>() + 1e-6;
+            let along: f32 = f.iter().zip(d_f).map(|(f, d)| f * d).sum();
+            let mut d_sides = vec![0.0; both];
+            for (at, d_f) in d_f.iter().enumerate() {
+                let (i, j) = (at % both, partner(at % both, at / both));
+                let d = (d_f - along) / sum;
+                d_sides[i] += d * sides[j];
+                d_sides[j] += d * sides[i];
+            }
+            for (c, (d_x, x)) in d_x.iter_mut().zip(x).enumerate() {
+                *d_x = if *x > 0.0 {
+                    d_sides[c]
+                } else if *x < 0.0 {
+                    -d_sides[c + own]
+                } else {
+                    0.0
+                };
+            }
+        }
+    }
+}
+
 impl StateVariant for FwpDpfp {
     const NAME: &'static str = "fwp-dpfp";
     const EXTRAS: &'static [Extra] = &[Extra::scalar("beta")];
@@ -83,5 +116,18 @@ impl StateVariant for FwpDpfp {
         copy(x.v, &mut chunk.v);
         let width = 2 * self.nu * x.k.width();
         front::delta(chunk, width, x.v.width(), |w| x.number("beta", w, self.beta));
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let width = 2 * self.nu * x.k.width();
+        let (mut d_k, mut betas) = (grads.k.clone(), vec![0.0; x.len()]);
+        let values = (0..x.len()).map(|w| x.v.row(w));
+        let beta = |w: usize| x.number("beta", w, self.beta);
+        pull::delta(chunk, grads, width, values, beta, [&mut d_k, to.v], |w, d| betas[w] = d);
+        betas.into_iter().enumerate().for_each(|(w, d)| to.add("beta", w, d));
+        self.pull_features(x.q, &chunk.q, &grads.q, to.q);
+        self.pull_features(x.k, &chunk.k, &d_k, to.k);
     }
 }

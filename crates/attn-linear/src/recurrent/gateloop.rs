@@ -1,7 +1,7 @@
 //! GateLoop: key channels that fade and turn.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, UNIT_SCALE};
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
 use std::f32::consts::TAU;
@@ -76,6 +76,36 @@ impl StateVariant for GateLoop {
                 (k[c], k[c + width]) = (x.k.row(i)[c] * cos, x.k.row(i)[c] * sin);
                 decays[c] = g.map_or(self.log_decay, |rows| rows.row(i)[c]);
                 decays[c + width] = decays[c];
+            }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, _: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let width = x.k.width();
+        to.v.copy_from_slice(&grads.v);
+        let theta = x.extra("theta");
+        let mut phases = Vec::with_capacity(x.len() * width);
+        let mut phase = to.carry.to_vec();
+        for i in 0..x.len() {
+            for (c, phase) in phase.iter_mut().enumerate() {
+                *phase = (*phase + theta.map_or(self.theta, |rows| rows.row(i)[c])) % TAU;
+            }
+            phases.extend_from_slice(&phase);
+        }
+        for i in (0..x.len()).rev() {
+            for c in 0..width {
+                let (own, even) = (i * width + c, i * 2 * width + c);
+                let odd = even + width;
+                let (sin, cos) = phases[own].sin_cos();
+                let along = |d: &[f32]| (cos * d[even] + sin * d[odd], cos * d[odd] - sin * d[even]);
+                let ((dq, q_turn), (dk, k_turn)) = (along(&grads.q), along(&grads.k));
+                (to.q[own], to.k[own]) = (dq, dk);
+                to.d_carry[c] += x.q.row(i)[c] * q_turn + x.k.row(i)[c] * k_turn;
+                let turned = to.d_carry[c];
+                to.add("theta", own, turned);
+                to.add("log_decay", own, grads.log_decay[even] + grads.log_decay[odd]);
             }
         }
     }

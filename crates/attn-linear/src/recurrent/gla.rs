@@ -2,7 +2,9 @@
 
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, SCALE};
 use super::pull;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Given, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width,
+};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -43,8 +45,9 @@ impl StateVariant for Gla {
         Ok(Plan::new(Options { decay: Decay::Key, scale, chunk_len: self.chunk_len, ..o }))
     }
 
+    const GIVEN: Given = Given::QKV;
+
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
-        front::copy_qkv(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
     }
 

@@ -1,7 +1,8 @@
 //! LightNet: a softmax over the past as gates.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, SCALE};
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens};
+use super::pull;
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -15,6 +16,13 @@ fn log_add(a: f32, b: f32) -> f32 {
 pub(crate) fn absorb(x: f32, z: &mut f32) -> (f32, f32) {
     let before = std::mem::replace(z, log_add(*z, x));
     if *z == f32::NEG_INFINITY { (0.0, 0.0) } else { (before - *z, (x - *z).exp()) }
+}
+
+/// [`absorb`] backwards, from what it gave, `(g, share)`, and the gradients of these: moves that of `z`, gives that of `x`.
+pub(crate) fn pull_absorb((g, share): (f32, f32), (d_g, d_share): (f32, f32), d_z: &mut f32) -> f32 {
+    let d_after = *d_z - d_g - d_share * share;
+    *d_z = d_g + d_after * g.exp();
+    (d_share + d_after) * share
 }
 
 /// With `z_t = logcumsumexp(k)_t` in every key channel:
@@ -62,6 +70,17 @@ impl StateVariant for LightNet {
             for ((k, g), z) in k.iter_mut().zip(g).zip(&mut *z) {
                 (*g, *k) = absorb(*k, z);
             }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        let width = x.k.width();
+        for at in (0..x.len() * width).rev() {
+            let (made, d) = ((chunk.log_decay[at], chunk.k[at]), (grads.log_decay[at], grads.k[at]));
+            to.k[at] = pull_absorb(made, d, &mut to.d_carry[at % width]);
         }
     }
 }

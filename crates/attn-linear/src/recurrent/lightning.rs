@@ -3,7 +3,9 @@
 use super::front::{self, CAUSAL, CHUNK, UNIT_SCALE};
 use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Given, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width,
+};
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result};
 
@@ -64,8 +66,9 @@ impl StateVariant for Lightning {
         Ok(Plan::new(Options { decay: Decay::Scalar, scale: self.scale, chunk_len: self.chunk_len, ..o }))
     }
 
+    const GIVEN: Given = Given::QKV;
+
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
-        front::copy_qkv(x, chunk);
         chunk.log_decay.fill(-x.number("slope", 0, self.slope(x.head, x.heads)));
     }
 

@@ -3,7 +3,9 @@
 use super::front::{self, CAUSAL, CHUNK, UNIT_SCALE, softplus};
 use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Options, Plan, Pull, Reads, Sizes, StateVariant, Tokens, Width,
+};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
 
@@ -87,8 +89,10 @@ impl StateVariant for Mamba2 {
         }
     }
 
-    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(reads);
+    const FINISHES: bool = true;
+
+    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
+        out.iter_mut().zip(reads.rows).for_each(|(o, read)| *o = reads.scale * read);
         if let Some(d) = x.extra("d") {
             for (i, out) in out.chunks_exact_mut(x.v.width()).enumerate() {
                 out.iter_mut().zip(x.v.row(i)).for_each(|(o, v)| *o += d.row(i)[0] * v);

@@ -2,7 +2,9 @@
 
 use super::front::{self, CAUSAL, CHUNK, UNIT_SCALE, sigmoid};
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Options, Plan, Pull, Reads, Sizes, StateVariant, Tokens, Width,
+};
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
 use std::f32::consts::{PI, TAU};
@@ -46,6 +48,42 @@ fn turn(row: &[f32], bias: Option<&[f32]>, angles: &[f32], out: &mut [f32]) {
     for (pair, angle) in out.chunks_exact_mut(2).zip(angles) {
         let (sin, cos) = angle.sin_cos();
         (pair[0], pair[1]) = (pair[0] * cos - pair[1] * sin, pair[0] * sin + pair[1] * cos);
+    }
+}
+
+impl Mamba3 {
+    /// Moves the angles on by token `i`.
+    fn move_angles(&self, x: &Tokens<'_>, i: usize, angles: &mut [f32]) {
+        let Some(theta) = x.extra("theta") else { return };
+        let dt = x.number("dt", i, self.dt);
+        for (angle, theta) in angles.iter_mut().zip(theta.row(i)) {
+            *angle += PI * theta.tanh() * dt;
+            *angle = if angle.abs() > TURNS { *angle % TAU } else { *angle };
+        }
+    }
+
+    /// The angles of all tokens, after the carried ones.
+    fn angles(&self, x: &Tokens<'_>, carry: &[f32]) -> Vec<f32> {
+        let mut angles = carry[x.k.width() + x.v.width()..].to_vec();
+        let mut all = Vec::with_capacity(x.len() * angles.len());
+        for i in 0..x.len() {
+            self.move_angles(x, i, &mut angles);
+            all.extend_from_slice(&angles);
+        }
+        all
+    }
+
+    /// The carried key and those of all tokens, turned.
+    fn turned_keys(&self, x: &Tokens<'_>, carry: &[f32]) -> Vec<f32> {
+        let key_dim = x.k.width();
+        let mut angles = carry[key_dim + x.v.width()..].to_vec();
+        let mut all = carry[..key_dim].to_vec();
+        all.resize((x.len() + 1) * key_dim, 0.0);
+        for (i, out) in all.chunks_exact_mut(key_dim).skip(1).enumerate() {
+            self.move_angles(x, i, &mut angles);
+            turn(x.k.row(i), x.extra("k_bias").map(|rows| rows.row(i)), &angles, out);
+        }
+        all
     }
 }
 
@@ -108,12 +146,7 @@ impl StateVariant for Mamba3 {
             let dt = x.number("dt", i, self.dt);
             let g = x.number("a", i, self.a) * dt;
             let lambda = sigmoid(x.number("trap", i, self.trap));
-            if let Some(theta) = x.extra("theta") {
-                for (angle, theta) in angles.iter_mut().zip(theta.row(i)) {
-                    *angle += PI * theta.tanh() * dt;
-                    *angle = if angle.abs() > TURNS { *angle % TAU } else { *angle };
-                }
-            }
+            self.move_angles(x, i, angles);
             turn(x.q.row(i), bias("q_bias", i), angles, &mut chunk.q[i * key_dim..][..key_dim]);
             let (before, own) = chunk.k[2 * i * key_dim..][..2 * key_dim].split_at_mut(key_dim);
             turn(x.k.row(i), bias("k_bias", i), angles, own);
@@ -129,12 +162,81 @@ impl StateVariant for Mamba3 {
         }
     }
 
-    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: &[f32], out: &mut [f32]) {
-        out.copy_from_slice(reads);
+    const FINISHES: bool = true;
+
+    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
+        out.iter_mut().zip(reads.rows).for_each(|(o, read)| *o = reads.scale * read);
         if let Some(d) = x.extra("d") {
             for (i, out) in out.chunks_exact_mut(x.v.width()).enumerate() {
                 out.iter_mut().zip(x.v.row(i)).for_each(|(o, v)| *o += d.row(i)[0] * v);
             }
         }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        let (key_dim, value_dim) = (x.k.width(), x.v.width());
+        let pairs = x.extra("theta").map_or(0, |theta| theta.width());
+        let (keys, values) = (2 * key_dim, 2 * value_dim);
+        let (turned, angles) = (self.turned_keys(x, to.carry), self.angles(x, to.carry));
+        // Of the key, value and angle that the next token takes over.
+        let mut d_k: Vec<f32> = to.d_carry[..key_dim].to_vec();
+        let mut d_v: Vec<f32> = to.d_carry[key_dim..][..value_dim].to_vec();
+        let mut d_angles: Vec<f32> = to.d_carry[key_dim + value_dim..].to_vec();
+        for i in (0..x.len()).rev() {
+            let (dt, a) = (x.number("dt", i, self.dt), x.number("a", i, self.a));
+            let lambda = sigmoid(x.number("trap", i, self.trap));
+            let fade = (a * dt).exp();
+            let (before, own) = grads.k[i * keys..][..keys].split_at(key_dim);
+            let k_before = &turned[i * key_dim..][..key_dim];
+            let k_own = &turned[(i + 1) * key_dim..][..key_dim];
+            let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f32>();
+            let (d_earlier, d_later) = (dot(before, k_before), dot(own, k_own));
+            // Of the own key and value, turned; then those of the token before.
+            d_k.iter_mut().zip(own).for_each(|(d, own)| *d += dt * lambda * own);
+            let (v_before, v_own) = grads.v[i * values..][..values].split_at(value_dim);
+            let d = x.number("d", i, 0.0);
+            let d_out = &d_out[i * value_dim..][..value_dim];
+            let d_value = to.v[i * value_dim..][..value_dim].iter_mut().zip(&d_v).zip(v_own).zip(d_out);
+            d_value.for_each(|(((to, later), own), d_out)| *to = later + own + d * d_out);
+            d_v.copy_from_slice(v_before);
+            to.add("d", i, dot(d_out, x.v.row(i)));
+
+            let (q, k) = (&chunk.q[i * key_dim..][..key_dim], k_own);
+            let d_q = &grads.q[i * key_dim..][..key_dim];
+            for (c, d_angle) in d_angles.iter_mut().enumerate() {
+                let (x, y) = (2 * c, 2 * c + 1);
+                *d_angle += q[x] * d_q[y] - q[y] * d_q[x] + k[x] * d_k[y] - k[y] * d_k[x];
+            }
+            let back: Vec<f32> = angles[i * pairs..][..pairs].iter().map(|angle| -angle).collect();
+            let (mut q_back, mut k_back) = (vec![0.0; key_dim], vec![0.0; key_dim]);
+            turn(d_q, None, &back, &mut q_back);
+            turn(&d_k, None, &back, &mut k_back);
+            to.q[i * key_dim..][..key_dim].copy_from_slice(&q_back);
+            to.k[i * key_dim..][..key_dim].copy_from_slice(&k_back);
+            for (name, d) in [("q_bias", &q_back), ("k_bias", &k_back)] {
+                if let Some(rows) = to.extra(name) {
+                    rows[i * key_dim..][..key_dim].copy_from_slice(d);
+                }
+            }
+            d_k.iter_mut().zip(before).for_each(|(out, d)| *out = dt * (1.0 - lambda) * fade * d);
+
+            let d_g = grads.log_decay[2 * i] + dt * (1.0 - lambda) * fade * d_earlier;
+            let mut d_dt = (1.0 - lambda) * fade * d_earlier + lambda * d_later + a * d_g;
+            if let Some(theta) = x.extra("theta") {
+                for (c, (theta, d_angle)) in theta.row(i).iter().zip(&d_angles).enumerate() {
+                    let speed = theta.tanh();
+                    to.add("theta", i * pairs + c, PI * (1.0 - speed * speed) * dt * d_angle);
+                    d_dt += PI * speed * d_angle;
+                }
+            }
+            to.add("dt", i, d_dt);
+            to.add("a", i, dt * d_g);
+            to.add("trap", i, lambda * (1.0 - lambda) * dt * (d_later - fade * d_earlier));
+        }
+        to.d_carry[..key_dim].copy_from_slice(&d_k);
+        to.d_carry[key_dim..][..value_dim].copy_from_slice(&d_v);
+        to.d_carry[key_dim + value_dim..].copy_from_slice(&d_angles);
     }
 }

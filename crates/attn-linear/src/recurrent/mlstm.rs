@@ -1,8 +1,11 @@
 //! mLSTM, the matrix memory of xLSTM: exponential input gates, stabilised by a running maximum.
 
-use super::front::{self, CAUSAL, CHUNK, log_sigmoid};
+use super::front::{self, CAUSAL, CHUNK, log_sigmoid, sigmoid};
+use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Part, Plan, Sizes, StateVariant, Tokens, copy};
+use crate::matrix_state::{
+    Chunk, Decay, Extra, Given, Options, Plan, Pull, Reads, Sizes, StateVariant, Tokens, copy,
+};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -14,7 +17,7 @@ use attn_core::{Result, softmax_scale_or_default};
 /// o_t = C_t^T q / (max(|n_t . q|, e^-m_t) + eps)
 /// ```
 ///
-/// `n` is a last column of the engine's matrix, written with the value 1. The memory is `C`, `n` and `m`, which is -inf
+/// `n` is the engine's norm. The memory is `C`, `n` and `m`, which is -inf
 /// before the first token; the state they stand for is `C e^m`.
 ///
 /// Extra inputs: `input_gate`, `forget_gate [batch, heads, tokens]`.
@@ -61,18 +64,16 @@ impl StateVariant for MLstm {
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         softmax_scale_or_default(self.scale, sizes.head_dim)?;
         let (keys, values) = (sizes.head_dim, sizes.head_dim_v);
-        let o = Options::new(Self::NAME, keys, values + 1);
-        let plan = Plan::new(Options { decay: Decay::Scalar, chunk_len: self.chunk_len, ..o });
-        let matrix = |initial, after| Part::matrix(initial, after, 0, keys, values + 1);
-        let c = matrix("initial_state", "sT").columns(0, values, values + 1);
-        let n = matrix("n0", "nT").columns(values, 1, values + 1).as_row();
-        Ok(Plan { parts: vec![c, n], ..plan }.carrying("m0", "mT", 0, f32::NEG_INFINITY))
+        let o = Options::new(Self::NAME, keys, values);
+        let plan = Plan::new(Options { decay: Decay::Scalar, norm: true, chunk_len: self.chunk_len, ..o });
+        Ok(plan.with_norm("n0", "nT").carrying("m0", "mT", 0, f32::NEG_INFINITY))
     }
 
+    const GIVEN: Given = Given { q: true, k: false, v: true };
+
     fn fill(&self, x: &Tokens<'_>, m: &mut [f32], chunk: &mut Chunk) {
-        copy(x.q, &mut chunk.q);
         copy(x.k, &mut chunk.k);
-        let (key_dim, value_dim) = (x.k.width(), x.v.width());
+        let key_dim = x.k.width();
         // Checked when the problem was planned.
         let scale = self.scale.unwrap_or((1.0 / (key_dim as f64).sqrt()) as f32);
         chunk.notes.resize(x.len(), 0.0);
@@ -86,18 +87,67 @@ impl StateVariant for MLstm {
             chunk.log_decay[i] = if m[0] == f32::NEG_INFINITY { 0.0 } else { faded - m[0] };
             let weight = if m[0] == f32::NEG_INFINITY { 0.0 } else { scale * (input - m[0]).exp() };
             chunk.k[i * key_dim..][..key_dim].iter_mut().for_each(|k| *k *= weight);
-            let v = &mut chunk.v[i * (value_dim + 1)..][..value_dim + 1];
-            v[..value_dim].copy_from_slice(x.v.row(i));
-            v[value_dim] = 1.0;
         }
     }
 
-    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: &[f32], out: &mut [f32]) {
-        let value_dim = x.v.width();
-        let rows = out.chunks_exact_mut(value_dim).zip(reads.chunks_exact(value_dim + 1));
-        for ((out, read), m) in rows.zip(&chunk.notes) {
-            let divisor = read[value_dim].abs().max((-m).exp()) + self.eps;
+    const FINISHES: bool = true;
+
+    fn finish(&self, x: &Tokens<'_>, chunk: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
+        let rows = out.chunks_exact_mut(x.v.width()).zip(reads.rows.chunks_exact(x.v.width()));
+        for (((out, read), norm), m) in rows.zip(reads.norms).zip(&chunk.notes) {
+            let divisor = norm.abs().max((-m).exp()) + self.eps;
             out.iter_mut().zip(read).for_each(|(o, x)| *o = x / divisor);
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    /// Leaves the gradient of `m` through the floor `e^-m` of the divisor.
+    fn pull_finish(
+        &self,
+        x: &Tokens<'_>,
+        chunk: &Chunk,
+        reads: Reads<'_>,
+        d_out: &[f32],
+        [d_rows, d_norms]: [&mut [f32]; 2],
+        to: &mut Pull<'_>,
+    ) {
+        let width = x.v.width();
+        to.notes.resize(x.len(), 0.0);
+        let rows = d_rows.chunks_exact_mut(width).zip(d_out.chunks_exact(width));
+        for (i, ((d_row, d_out), row)) in rows.zip(reads.rows.chunks_exact(width)).enumerate() {
+            let (norm, floor) = (reads.norms[i], (-chunk.notes[i]).exp());
+            let divisor = norm.abs().max(floor) + self.eps;
+            d_row.iter_mut().zip(d_out).for_each(|(d_row, d)| *d_row = d / divisor);
+            let d_divisor = -row.iter().zip(&*d_row).map(|(x, d)| x * d).sum::<f32>() / divisor;
+            if norm.abs() > floor {
+                d_norms[i] = norm.signum() * d_divisor;
+            } else if floor.is_finite() {
+                to.notes[i] = -floor * d_divisor;
+            }
+        }
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        let key_dim = x.k.width();
+        let scale = self.scale.unwrap_or((1.0 / (key_dim as f64).sqrt()) as f32);
+        for i in (0..x.len()).rev() {
+            let forget = x.number("forget_gate", i, self.forget_gate);
+            let (input, m) = (x.number("input_gate", i, self.input_gate), chunk.notes[i]);
+            let weight = if m == f32::NEG_INFINITY { 0.0 } else { scale * (input - m).exp() };
+            let dk = &mut to.k[i * key_dim..][..key_dim];
+            let d_input: f32 = weight * x.k.row(i).iter().zip(&*dk).map(|(k, d)| k * d).sum::<f32>();
+            dk.iter_mut().for_each(|d| *d *= weight);
+            // From nothing, nothing fades.
+            let faded = if chunk.log_decay[i] == f32::NEG_INFINITY { 0.0 } else { grads.log_decay[i] };
+            let d_m = to.d_carry[0] + to.notes[i] - faded - d_input;
+            // The larger of the two is the new maximum.
+            let stays = chunk.log_decay[i] == 0.0;
+            let (d_faded, d_input) = if stays { (faded + d_m, d_input) } else { (faded, d_input + d_m) };
+            to.d_carry[0] = d_faded;
+            to.add("forget_gate", i, sigmoid(-forget) * d_faded);
+            to.add("input_gate", i, d_input);
         }
     }
 }

@@ -5,7 +5,7 @@ mod delta;
 mod delta_product;
 mod dpfp;
 mod dplr;
-mod front;
+pub(crate) mod front;
 mod gateloop;
 mod gla;
 mod hgrn2;
@@ -15,7 +15,7 @@ mod mamba2;
 mod mamba3;
 mod mlstm;
 mod precond;
-mod pull;
+pub(crate) mod pull;
 mod regression;
 mod rodimus;
 mod rwkv;
@@ -60,9 +60,12 @@ fn entry<V: StateVariant>() -> Entry {
     }
 }
 
-/// The variants of this module.
+/// The variants of the engine.
 pub(crate) fn entries() -> Vec<Entry> {
     vec![
+        entry::<crate::Linear>(),
+        entry::<crate::LinearElu>(),
+        entry::<crate::RetNet>(),
         entry::<Gla>(),
         entry::<SimpleGla>(),
         entry::<DeltaNet>(),

@@ -10,7 +10,10 @@
 //! Source: the operators of these names in flash-linear-attention 0.6.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, QK_NORM, SCALE};
-use crate::matrix_state::{Chunk, Decay, Erase, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use super::pull;
+use crate::matrix_state::{
+    Chunk, Decay, Erase, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width, copy,
+};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -32,6 +35,14 @@ const OPTIONS: &[OptionSpec] = &[
     },
     FINE_CHUNK,
 ];
+
+/// `M` of a use, and its derivative.
+fn conditioner(used: f32) -> (f32, f32) {
+    let r = (used + 1e-6).ln() + 0.2;
+    let bounded = 1.0 + r.abs();
+    let m = 1.5f32.powf(-r / bounded);
+    (m, -m * 1.5f32.ln() / (bounded * bounded * (used + 1e-6)))
+}
 
 /// One decay a token.
 ///
@@ -110,9 +121,50 @@ impl StateVariant for PrecondGdn {
             let adds = x.number("beta_use", i, self.beta_use);
             for (k, used) in k.iter_mut().zip(&mut *used) {
                 *used = fade * *used + adds * *k * *k;
-                let r = (*used + 1e-6).ln() + 0.2;
-                *k *= 1.5f32.powf(-r / (1.0 + r.abs()));
+                *k *= conditioner(*used).0;
             }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let key_dim = x.k.width();
+        // The keys before they were scaled, and the uses that scaled them.
+        let mut raw = Chunk { k: vec![0.0; chunk.k.len()], ..Chunk::default() };
+        copy(x.k, &mut raw.k);
+        if self.qk_norm {
+            front::normalise(&mut raw.k, key_dim, 1e-6);
+        }
+        let mut uses = to.carry.to_vec();
+        uses.resize(to.carry.len() + raw.k.len(), 0.0);
+        let faded = |i: usize| x.number("log_decay_use", i, self.log_decay_use).exp();
+        for (at, k) in raw.k.iter().enumerate() {
+            let adds = x.number("beta_use", at / key_dim, self.beta_use);
+            uses[at + key_dim] = faded(at / key_dim) * uses[at] + adds * k * k;
+        }
+        // First that of the scaled key, to which the erase adds along the unscaled one.
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        for at in (0..raw.k.len()).rev() {
+            let (i, c, k) = (at / key_dim, at % key_dim, raw.k[at]);
+            let (m, slope) = conditioner(uses[at + key_dim]);
+            let d_used = to.d_carry[c] + to.k[at] * k * slope;
+            let adds = x.number("beta_use", i, self.beta_use);
+            to.k[at] = m * to.k[at] + 2.0 * adds * k * d_used;
+            to.d_carry[c] = faded(i) * d_used;
+            to.add("beta_use", i, k * k * d_used);
+            to.add("log_decay_use", i, faded(i) * uses[at] * d_used);
+        }
+        let mut betas = vec![0.0; x.len()];
+        let values = (0..x.len()).map(|w| x.v.row(w));
+        let beta = |w: usize| x.number("beta", w, self.beta);
+        let [d_k, d_v] = [&mut *to.k, &mut *to.v];
+        pull::delta(&raw, grads, key_dim, values, beta, [d_k, d_v], |w, d| betas[w] = d);
+        betas.into_iter().enumerate().for_each(|(w, d)| to.add("beta", w, d));
+        if self.qk_norm {
+            pull::normalised(x.q, &chunk.q, 1e-6, to.q);
+            pull::normalised(x.k, &raw.k, 1e-6, to.k);
         }
     }
 }
@@ -142,5 +194,11 @@ impl StateVariant for PrecondKda {
 
     fn fill(&self, x: &Tokens<'_>, used: &mut [f32], chunk: &mut Chunk) {
         self.0.fill(x, used, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        self.0.pull(x, chunk, grads, d_out, to);
     }
 }

@@ -2,7 +2,8 @@
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, SCALE, UNIT_SCALE};
 use crate::matrix_state::{
-    Chunk, Decay, Extra, Options, Part, Plan, Recurrence, Sizes, StateVariant, Tokens, Width, copy, copy_or,
+    Chunk, Decay, Extra, Options, Part, Plan, Reads, Recurrence, Sizes, StateVariant, Tokens, Width, copy,
+    copy_or,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
@@ -61,7 +62,7 @@ impl MomentumDelta {
     fn lay_out(&self, name: &'static str, sizes: &Sizes) -> Result<Plan> {
         let (keys, values) = (sizes.head_dim, sizes.head_dim_v);
         let scale = softmax_scale_or_default(self.scale, keys)?;
-        let o = Options::new(name, 2 * keys, values);
+        let o = Options { recurrence: Some(Recurrence::Momentum), ..Options::new(name, 2 * keys, values) };
         let plan = Plan::new(Options { decay: Decay::Scalar, scale, chunk_len: self.chunk_len, ..o });
         let parts = vec![
             Part::matrix("initial_state", "sT", 0, keys, values),
@@ -90,10 +91,6 @@ impl StateVariant for MomentumDelta {
 
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         self.lay_out(Self::NAME, sizes)
-    }
-
-    fn recurrence(&self) -> Option<Recurrence> {
-        Some(Recurrence::Momentum)
     }
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
@@ -138,10 +135,6 @@ impl StateVariant for TitansLinear {
 
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         self.0.lay_out(Self::NAME, sizes)
-    }
-
-    fn recurrence(&self) -> Option<Recurrence> {
-        Some(Recurrence::Momentum)
     }
 
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
@@ -211,6 +204,7 @@ impl StateVariant for MesaNet {
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         let (keys, values) = (sizes.head_dim, sizes.head_dim_v);
         let o = Options::new(Self::NAME, keys, keys + values);
+        let o = Options { recurrence: Some(Recurrence::Regression), ..o };
         let plan =
             Plan::new(Options { decay: Decay::Scalar, scale: self.scale, chunk_len: self.chunk_len, ..o });
         let whole = |initial, after| Part::matrix(initial, after, 0, keys, keys + values);
@@ -219,10 +213,6 @@ impl StateVariant for MesaNet {
             whole("hkv0", "hkvT").columns(keys, values, keys + values),
         ];
         Ok(Plan { parts, ..plan })
-    }
-
-    fn recurrence(&self) -> Option<Recurrence> {
-        Some(Recurrence::Regression)
     }
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
@@ -246,10 +236,14 @@ impl StateVariant for MesaNet {
         copy_or(lambda.map(|rows| rows.slice(0..1)), self.lambda, &mut chunk.bonus);
     }
 
-    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: &[f32], out: &mut [f32]) {
+    const FINISHES: bool = true;
+
+    fn finish(&self, x: &Tokens<'_>, _: &Chunk, reads: Reads<'_>, out: &mut [f32]) {
         let (keys, values) = (x.k.width(), x.v.width());
-        let rows = out.chunks_exact_mut(values).zip(reads.chunks_exact(keys + values));
-        rows.for_each(|(out, read)| out.copy_from_slice(&read[keys..]));
+        let rows = out.chunks_exact_mut(values).zip(reads.rows.chunks_exact(keys + values));
+        rows.for_each(|(out, read)| {
+            out.iter_mut().zip(&read[keys..]).for_each(|(o, x)| *o = reads.scale * x)
+        });
     }
 
     fn max_error(&self) -> f64 {
@@ -306,12 +300,9 @@ impl StateVariant for GatedOja {
 
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         let o = Options::new(Self::NAME, sizes.head_dim, sizes.head_dim_v);
+        let o = Options { recurrence: Some(Recurrence::Oja), ..o };
         let scale = softmax_scale_or_default(self.scale, sizes.head_dim)?;
         Ok(Plan::new(Options { decay: Decay::Value, scale, chunk_len: self.chunk_len, ..o }))
-    }
-
-    fn recurrence(&self) -> Option<Recurrence> {
-        Some(Recurrence::Oja)
     }
 
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {

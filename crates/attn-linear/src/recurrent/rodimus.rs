@@ -1,7 +1,8 @@
 //! RoDimus: a gate and a temperature decide decay and key together.
 
 use super::front::{self, CAUSAL, FINE_CHUNK, SCALE, sigmoid, softplus};
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Sizes, StateVariant, Tokens, Width};
+use super::pull;
+use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens, Width};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -80,6 +81,37 @@ impl StateVariant for Rodimus {
                 let tau = sigmoid(temperature.map_or(self.temperature_raw, |rows| rows.row(i)[c]));
                 *g = -tau * open;
                 *k *= open.powf(tau) / length;
+            }
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        let width = x.k.width();
+        let (gates, temperatures) = (x.extra("gate_raw"), x.extra("temperature_raw"));
+        for (i, k) in x.k.iter().enumerate() {
+            let length = k.iter().map(|k| k * k).sum::<f32>().sqrt();
+            let divisor = length.max(self.k_norm_eps);
+            for c in 0..width {
+                let at = i * width + c;
+                let gate = gates.map_or(self.gate_raw, |rows| rows.row(i)[c]);
+                let open = softplus(gate);
+                let tau = sigmoid(temperatures.map_or(self.temperature_raw, |rows| rows.row(i)[c]));
+                let (dk, dg) = (grads.k[at] * chunk.k[at], grads.log_decay[at]);
+                // A gate that is all but shut is its own slope.
+                let relative = if open > 0.0 { sigmoid(gate) / open } else { 1.0 };
+                to.add("gate_raw", at, tau * (dk * relative - dg * sigmoid(gate)));
+                let log_open = if open > 0.0 { open.ln() } else { gate };
+                to.add("temperature_raw", at, tau * (1.0 - tau) * (dk * log_open - open * dg));
+                // Of the key divided by its length.
+                to.k[at] = grads.k[at] * open.powf(tau) / divisor;
+            }
+            if length > self.k_norm_eps {
+                let d = &mut to.k[i * width..][..width];
+                let along = k.iter().zip(&*d).map(|(k, d)| k * d).sum::<f32>() / (length * length);
+                d.iter_mut().zip(k).for_each(|(d, k)| *d -= along * k);
             }
         }
     }

@@ -9,7 +9,7 @@
 use super::front::{self, CAUSAL, FINE_CHUNK, LOG_DECAY, UNIT_SCALE};
 use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Extra, Options, Plan, Pull, Read, Sizes, StateVariant, Tokens, Width, copy_or,
+    Chunk, Decay, Extra, Given, Options, Plan, Pull, Read, Sizes, StateVariant, Tokens, Width, copy_or,
 };
 use attn_core::Result;
 use attn_core::registry::OptionSpec;
@@ -65,8 +65,9 @@ impl StateVariant for Rwkv6 {
         Ok(Plan::new(Options { decay, read, scale: self.scale, chunk_len: self.chunk_len, ..o }))
     }
 
+    const GIVEN: Given = Given::QKV;
+
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
-        front::copy_qkv(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
         let bonus = x.extra("bonus").filter(|_| !x.is_empty());
         copy_or(bonus.map(|rows: Rows<'_, f32>| rows.slice(0..1)), self.bonus, &mut chunk.bonus);
@@ -103,6 +104,8 @@ impl StateVariant for Rwkv5 {
     fn plan(&self, sizes: &Sizes) -> Result<Plan> {
         self.0.plan(sizes)
     }
+
+    const GIVEN: Given = Given::QKV;
 
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
         self.0.fill(x, carry, chunk);

@@ -3,7 +3,7 @@
 use super::front::{self, CAUSAL, CHUNK, LOG_DECAY, SCALE};
 use super::pull;
 use crate::CHUNK_LEN;
-use crate::matrix_state::{Chunk, Decay, Extra, Options, Plan, Pull, Sizes, StateVariant, Tokens};
+use crate::matrix_state::{Chunk, Decay, Extra, Given, Options, Plan, Pull, Sizes, StateVariant, Tokens};
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
 
@@ -44,8 +44,9 @@ impl StateVariant for SimpleGla {
         Ok(Plan::new(Options { decay: Decay::Scalar, scale, chunk_len: self.chunk_len, ..o }))
     }
 
+    const GIVEN: Given = Given::QKV;
+
     fn fill(&self, x: &Tokens<'_>, _: &mut [f32], chunk: &mut Chunk) {
-        front::copy_qkv(x, chunk);
         front::copy_decays(x, self.log_decay, chunk);
     }
 

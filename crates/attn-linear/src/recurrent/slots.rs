@@ -14,9 +14,9 @@
 //! Sources: Peng et al. 2022 (ABC); Zhang et al. 2024 (Gated Slot Attention).
 
 use super::front::{self, CAUSAL, FINE_CHUNK, SCALE, UNIT_SCALE, log_sigmoid, sigmoid};
-use super::lightnet::absorb;
+use super::lightnet::{absorb, pull_absorb};
 use crate::matrix_state::{
-    Chunk, Decay, Extra, Options, Part, Plan, Sizes, StateVariant, Tokens, Width, copy,
+    Chunk, Decay, Extra, Options, Part, Plan, Pull, Sizes, StateVariant, Tokens, Width, copy,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{AttnError, Result, softmax_scale_or_default};
@@ -69,7 +69,7 @@ impl Slots {
             Part::matrix("hk0", "hkT", 0, keys, slots),
             Part::matrix("hv0", "hvT", keys * slots, slots, values),
         ];
-        Ok(Plan { stages, keys_per_token: 1, parts })
+        Ok(Plan { stages, keys_per_token: 1, parts, causal: true })
     }
 }
 
@@ -97,6 +97,39 @@ fn second_pass(x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) 
     chunk.k.copy_from_slice(&first.v);
     chunk.log_decay.copy_from_slice(&first.log_decay);
     copy(x.v, &mut chunk.v);
+}
+
+/// [`second_pass`] backwards.
+fn pull_second(second: &Chunk, grads: &Chunk, d_reads: &mut [f32], gained: &mut Chunk, to: &mut Pull<'_>) {
+    let slots = d_reads.len() / second.len.max(1);
+    let rows = d_reads.chunks_exact_mut(slots.max(1)).zip(second.q.chunks_exact(slots.max(1)));
+    for ((d, p), d_p) in rows.zip(grads.q.chunks_exact(slots.max(1))) {
+        let along: f32 = p.iter().zip(d_p).map(|(p, d)| p * d).sum();
+        d.iter_mut().zip(p).zip(d_p).for_each(|((d, p), d_p)| *d = p * (d_p - along));
+    }
+    gained.v.copy_from_slice(&grads.k);
+    gained.log_decay.copy_from_slice(&grads.log_decay);
+    to.v.copy_from_slice(&grads.v);
+}
+
+/// q and k of the first pass, backwards.
+fn pull_qk(grads: &Chunk, to: &mut Pull<'_>) {
+    to.q.copy_from_slice(&grads.q);
+    to.k.copy_from_slice(&grads.k);
+}
+
+/// Adds to the gradients of the raw slot weights of token `i`.
+fn pull_raw(to: &mut Pull<'_>, name: &str, i: usize, key_dim: usize, d: impl Iterator<Item = f32>) {
+    let tokens = to.k.len() / key_dim;
+    for (m, d) in d.enumerate() {
+        match to.extra(name) {
+            Some(rows) => {
+                let slots = rows.len() / tokens;
+                rows[i * slots + m] += d;
+            }
+            None => to.k[i * key_dim + m % key_dim] += d,
+        }
+    }
 }
 
 /// Gated slot attention: decays as given, weights `1 - e^g` unless they are given.
@@ -140,6 +173,43 @@ impl StateVariant for Gsa {
 
     fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
         second_pass(x, first, reads, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    ) {
+        pull_second(second, grads, d_reads, gained, to);
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull_qk(grads, to);
+        let (key_dim, slots) = (x.k.width(), (chunk.v.len() / x.len().max(1)).max(1));
+        let weights_given = x.extra("slots").is_some();
+        if let Some(d) = to.extra("slots") {
+            d.copy_from_slice(&grads.v);
+        }
+        let rows = chunk.log_decay.chunks_exact(slots).zip(grads.log_decay.chunks_exact(slots));
+        for (i, ((g, d_g), d_s)) in rows.zip(grads.v.chunks_exact(slots)).enumerate() {
+            // `s = 1 - e^g` where it is not given.
+            let d_g = |m: usize| d_g[m] - if weights_given { 0.0 } else { g[m].exp() * d_s[m] };
+            match to.extra("log_decay") {
+                Some(rows) => {
+                    rows[i * slots..][..slots].iter_mut().enumerate().for_each(|(m, d)| *d = d_g(m))
+                }
+                None => {
+                    let raw = x.k.row(i).iter().cycle();
+                    let d = (0..slots).zip(raw).map(|(m, raw)| sigmoid(-raw) / 8.0 * d_g(m));
+                    pull_raw(to, "", i, key_dim, d);
+                }
+            }
+        }
     }
 
     fn max_error(&self) -> f64 {
@@ -187,6 +257,33 @@ impl StateVariant for Abc {
         second_pass(x, first, reads, chunk);
     }
 
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    ) {
+        pull_second(second, grads, d_reads, gained, to);
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull_qk(grads, to);
+        let (key_dim, slots) = (x.k.width(), (chunk.v.len() / x.len().max(1)).max(1));
+        for i in (0..x.len()).rev() {
+            let mut d = vec![0.0; slots];
+            for (m, d) in d.iter_mut().enumerate() {
+                let at = i * slots + m;
+                let (made, by) = ((chunk.log_decay[at], chunk.v[at]), (grads.log_decay[at], grads.v[at]));
+                *d = pull_absorb(made, by, &mut to.d_carry[m]);
+            }
+            pull_raw(to, "slots", i, key_dim, d.into_iter());
+        }
+    }
+
     fn max_error(&self) -> f64 {
         2e-5
     }
@@ -203,6 +300,14 @@ pub struct Raven {
     pub slots: Slots,
     /// Slots a token may change.
     pub top_k: usize,
+}
+
+impl Raven {
+    /// Whether slot `m` is among the chosen.
+    fn routes(&self, raw: &[f32], m: usize) -> bool {
+        let ahead = raw.iter().enumerate().filter(|(n, x)| **x > raw[m] || (**x == raw[m] && *n < m)).count();
+        ahead < self.top_k
+    }
 }
 
 impl StateVariant for Raven {
@@ -240,9 +345,8 @@ impl StateVariant for Raven {
             // `s` holds the logits until the routing is known.
             s.iter_mut().zip(raw_slots(x, "router", i)).for_each(|(s, raw)| *s = raw);
             for m in 0..slots {
-                let ahead = (0..slots).filter(|&n| s[n] > s[m] || (s[n] == s[m] && n < m)).count();
                 let given = x.extra("log_decay").map_or(log_sigmoid(s[m]) / 8.0, |rows| rows.row(i)[m]);
-                g[m] = if ahead < self.top_k { given * sigmoid(s[m]) } else { 0.0 };
+                g[m] = if self.routes(s, m) { given * sigmoid(s[m]) } else { 0.0 };
             }
             s.iter_mut().zip(&*g).for_each(|(s, g)| *s = -g.exp_m1());
         }
@@ -250,6 +354,40 @@ impl StateVariant for Raven {
 
     fn refill(&self, x: &Tokens<'_>, first: &Chunk, reads: &[f32], chunk: &mut Chunk) {
         second_pass(x, first, reads, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull_refill(
+        &self,
+        second: &Chunk,
+        grads: &Chunk,
+        d_reads: &mut [f32],
+        gained: &mut Chunk,
+        to: &mut Pull<'_>,
+    ) {
+        pull_second(second, grads, d_reads, gained, to);
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull_qk(grads, to);
+        let (key_dim, slots) = (x.k.width(), (chunk.v.len() / x.len().max(1)).max(1));
+        for i in 0..x.len() {
+            let raw: Vec<f32> = raw_slots(x, "router", i).take(slots).collect();
+            let mut d_raw = vec![0.0; slots];
+            for (m, d_raw) in d_raw.iter_mut().enumerate().filter(|(m, _)| self.routes(&raw, *m)) {
+                let at = i * slots + m;
+                let d_g = grads.log_decay[at] - chunk.log_decay[at].exp() * grads.v[at];
+                let (open, slope) = (sigmoid(raw[m]), sigmoid(raw[m]) * sigmoid(-raw[m]));
+                let given = x.extra("log_decay").map_or(log_sigmoid(raw[m]) / 8.0, |rows| rows.row(i)[m]);
+                *d_raw = d_g * given * slope;
+                match to.extra("log_decay") {
+                    Some(rows) => rows[at] = d_g * open,
+                    None => *d_raw += d_g * open * sigmoid(-raw[m]) / 8.0,
+                }
+            }
+            pull_raw(to, "router", i, key_dim, d_raw.into_iter());
+        }
     }
 
     fn max_error(&self) -> f64 {

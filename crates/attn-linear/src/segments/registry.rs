@@ -77,7 +77,7 @@ fn infini(options: &Options) -> Result<Infini> {
 /// `q`, `k`, `v (batch, heads, length, width)`, `eta (batch, heads, length)`, `ln_w`, `ln_b (heads, width)`, and together
 /// `s0 (batch, heads, width, width)`, `b0 (batch, heads, 1, width)`. Gives `o`, `sT`, `bT`: the model of the last whole mini-batch.
 fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(TttLinear::NAME, &["q", "k", "v", "eta", "ln_w", "ln_b", "s0", "b0", "grad_out"])?;
+    tensors.only(TttLinear::NAME, &["q", "k", "v", "eta", "ln_w", "ln_b", "s0", "b0", "grad_o"])?;
     let v = view(tensors, "v")?;
     let axes @ [batch, heads, n, width] = v.shape();
     let mut steps = NamedTensors::default();
@@ -102,8 +102,8 @@ fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
     give(&mut all, "o", &axes, o)?;
     give(&mut all, "sT", &model, state.part(0))?;
     give(&mut all, "bT", &bias, state.part(1))?;
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.backward(&inputs, Some(&before), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
         let by = [
             ("q", grads.q),
             ("k", grads.k),
@@ -122,7 +122,7 @@ fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `q`, `k`, `v`, and together `s0 (batch, heads, head_dim, head_dim_v)`, `z0 (batch, heads, head_dim)`. Gives `o`, `sT`, `zT`, the
 /// present segment included.
 fn run_infini(variant: Infini, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(Infini::NAME, &["q", "k", "v", "s0", "z0", "grad_out"])?;
+    tensors.only(Infini::NAME, &["q", "k", "v", "s0", "z0", "grad_o"])?;
     let x = tensors.qkv()?;
     let s = x.shape();
     if s.n_q != s.n_kv {
@@ -149,8 +149,8 @@ fn run_infini(variant: Infini, tensors: &NamedTensors) -> Result<NamedTensors> {
     let (sums, z) = split(&whole);
     give(&mut all, "sT", &s_axes, sums)?;
     give(&mut all, "zT", &z_axes, z)?;
-    if tensors.get("grad_out").is_some() {
-        let grads = variant.gradients(&x, Some(&before), &view(tensors, "grad_out")?)?;
+    if tensors.get("grad_o").is_some() {
+        let grads = variant.gradients(&x, Some(&before), &view(tensors, "grad_o")?)?;
         let (sums, z) = split(&grads.state.part(0));
         let by = [("q", grads.q), ("k", grads.k), ("v", grads.v), ("s0", sums), ("z0", z)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;

@@ -11,7 +11,7 @@ use attn_core::mask::Mask;
 use attn_core::qk_norm::{NormKind, QkNorm};
 use attn_core::score::ScoreMod;
 use attn_core::{DType, Result};
-use attn_flash::{Flash, TileSizes};
+use attn_flash::{Flash, HalfProducts, TileSizes};
 
 #[derive(Debug, Clone)]
 enum DropoutCase {
@@ -74,6 +74,7 @@ impl Call {
                 _ => None,
             },
             tiles: None,
+            half_products: HalfProducts::Auto,
         };
         let tiles = bytes.one_in(3).then(|| {
             let block_q = bytes.pick(&[32, 64, 96, 4096, usize::MAX & !31]);

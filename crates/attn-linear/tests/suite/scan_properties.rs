@@ -66,7 +66,7 @@ proptest! {
 fn gradients_of_decays_that_forget_everything_are_finite() {
     let (x, g) = hgrn_inputs(100, 3);
     let shape = [1, 100, WIDTH];
-    let inputs = tensors(&[("x", &shape, x.clone()), ("g", &shape, g), ("grad_out", &shape, x)]);
+    let inputs = tensors(&[("x", &shape, x.clone()), ("g", &shape, g), ("grad_o", &shape, x)]);
     for name in ["grad.x", "grad.g"] {
         let grads = run("hgrn", &inputs, name);
         assert!(grads.iter().all(|x| x.is_finite()), "{name}");

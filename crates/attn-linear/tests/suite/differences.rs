@@ -15,8 +15,20 @@ fn view<'a>(name: &str, data: &'a [f32], axes: [usize; 4]) -> View<'a, f32> {
     View::contiguous(name, data, axes).unwrap()
 }
 
-/// Checks some coordinates of each gradient.
+/// Checks some coordinates of each gradient, of a definition in f64.
 pub(crate) fn check(entry: &Entry, options: &Options, s: AttnShape, seed: u64) {
+    let check = GradientCheck { step: 1.0 / 512.0, tol: Tol::ScaledMax(3e-5), sample: Some(24), seed };
+    check_by(check, entry, options, s);
+}
+
+/// As [`check`], of a definition whose front end rounds to f32.
+pub(crate) fn check_rounded(entry: &Entry, options: &Options, s: AttnShape, seed: u64) {
+    let check = GradientCheck { step: 1.0 / 256.0, tol: Tol::ScaledMax(4e-3), sample: Some(24), seed };
+    check_by(check, entry, options, s);
+}
+
+fn check_by(check: GradientCheck, entry: &Entry, options: &Options, s: AttnShape) {
+    let seed = check.seed;
     let attention = entry.build(options).unwrap();
     let differentiable = attention.as_differentiable().expect("a backward pass");
     let problem = Problem::normal(s, seed);
@@ -52,6 +64,5 @@ pub(crate) fn check(entry: &Entry, options: &Options, s: AttnShape, seed: u64) {
     let all = [&q, &k, &v, &dq, &dk, &dv].map(|x| wide(x));
     let claims =
         [("q", 0), ("k", 1), ("v", 2)].map(|(name, at)| Claim { name, at: &all[at], gradient: &all[at + 3] });
-    let check = GradientCheck { step: 1.0 / 512.0, tol: Tol::ScaledMax(3e-5), sample: Some(24), seed };
     check.check(loss, &claims).unwrap_or_else(|e| panic!("{} {options:?}: {e}", entry.name));
 }

@@ -1,8 +1,6 @@
 //! Gradients of the scan engine's variants by q, k and v.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-
+use crate::differences;
 use attn_core::AttnShape;
 use attn_core::registry::{Options, find};
 use attn_linear::registry;
@@ -15,7 +13,7 @@ fn gradients_equal_finite_differences() {
     for name in NAMES {
         let entry = *find(&registry(), name).unwrap();
         for (seed, shape) in [shape, narrow].into_iter().enumerate() {
-            gradients::check(&entry, &Options::new(), shape, seed as u64);
+            differences::check(&entry, &Options::new(), shape, seed as u64);
         }
     }
 }

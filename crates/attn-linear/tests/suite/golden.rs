@@ -1,12 +1,11 @@
 //! The registry against vectors computed by other people's packages.
 
-use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, find};
-use attn_linear::registry;
-use attn_testkit::golden::{GoldenCase, load_dir};
+use crate::golden_cases::{self, check_named};
+use attn_core::registry::{NamedTensor, Options, TensorData};
+use attn_testkit::golden::GoldenCase;
 
 fn cases(variant: &str) -> Vec<GoldenCase> {
-    let all = load_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata")).unwrap();
-    all.into_iter().filter(|case| case.variant == variant).collect()
+    golden_cases::cases(variant, "")
 }
 
 fn floats(tensor: &NamedTensor) -> &[f32] {
@@ -14,21 +13,10 @@ fn floats(tensor: &NamedTensor) -> &[f32] {
     data
 }
 
-/// Runs a case and compares every output it stores; `state_unit` is what the file's states are multiplied by.
+/// Outputs and gradients; `state_unit` is what the file's states are multiplied by.
 fn check(case: &GoldenCase, options: &Options, state_unit: f32) {
-    let ours = [("s0", "initial_state"), ("z0", "initial_normaliser"), ("log_gamma", "log_decay")];
-    let mut tensors = NamedTensors::default();
-    for (name, tensor) in &case.inputs.0 {
-        let name = ours.iter().find(|(theirs, _)| theirs == name).map_or(name.as_str(), |(_, ours)| ours);
-        let unit = if name == "initial_state" { state_unit } else { 1.0 };
-        let data = floats(tensor).iter().map(|x| x / unit).collect();
-        tensors.0.insert(name.into(), NamedTensor::f32(name, &tensor.shape, data).unwrap());
-    }
-    let mut got = find(&registry(), &case.variant).unwrap().run(options, &tensors).unwrap();
-    if let Some(NamedTensor { data: TensorData::F32(state), .. }) = got.0.get_mut("sT") {
-        state.iter_mut().for_each(|x| *x *= state_unit);
-    }
-    case.assert_outputs(&got);
+    let names = [("s0", "initial_state"), ("z0", "initial_normaliser"), ("log_gamma", "log_decay")];
+    check_named(case, &case.variant, &names, state_unit, options);
 }
 
 /// The file's options that have the same name and meaning here.

@@ -1,9 +1,7 @@
 //! Low-rank compositions: promises, gradients, and vectors computed by other people's packages.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-mod support;
-
+use crate::differences;
+use crate::golden_cases::{cases, check};
 use attn_core::exact::Exact;
 use attn_core::registry::{Options, find};
 use attn_core::{Attention, AttnShape, ViewMut};
@@ -12,7 +10,6 @@ use attn_linear::registry;
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::conformance;
 use attn_testkit::inputs::Problem;
-use support::{cases, check};
 
 fn promises(name: &str, ranks: &[(&str, usize)]) {
     let entry = *find(&registry(), name).unwrap();
@@ -42,7 +39,7 @@ fn gradients_equal_finite_differences() {
     for (name, key) in [("linformer", "rank"), ("nystromformer", "landmarks"), ("agent", "agents")] {
         let entry = *find(&registry(), name).unwrap();
         for rank in [3, 5] {
-            gradients::check(&entry, &Options::new().with(key, rank), shape, 5);
+            differences::check(&entry, &Options::new().with(key, rank), shape, 5);
         }
     }
 }

@@ -1,14 +1,11 @@
 //! Memories written once a segment: promises, gradients, and vectors computed elsewhere.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-mod support;
-
+use crate::differences;
+use crate::golden_cases::{cases, check};
 use attn_core::AttnShape;
 use attn_core::registry::{Options, find};
 use attn_linear::registry;
 use attn_testkit::conformance;
-use support::{cases, check};
 
 fn promises(name: &str, configs: &[&[(&str, &str)]]) {
     let entry = *find(&registry(), name).unwrap();
@@ -37,7 +34,7 @@ fn gradients_equal_finite_differences() {
         [("ttt-linear", ttt), ("infini", infini.clone()), ("infini", infini.with("delta", true))]
     {
         let entry = *find(&registry(), name).unwrap();
-        gradients::check(&entry, &options, shape, 5);
+        differences::check(&entry, &options, shape, 5);
     }
 }
 

@@ -1,9 +1,7 @@
 //! The variants of the scan engine against vectors computed by other people's packages.
 
-mod support;
-
+use crate::golden_cases::{cases, check};
 use attn_core::registry::Options;
-use support::{cases, check};
 
 #[test]
 fn hgrn_equals_flash_linear_attention() {

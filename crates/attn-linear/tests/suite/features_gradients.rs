@@ -1,8 +1,6 @@
 //! Gradients of kernelised attention by q, k and v.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-
+use crate::differences;
 use attn_core::AttnShape;
 use attn_core::registry::{Options, find};
 use attn_linear::registry;
@@ -21,7 +19,7 @@ fn gradients_equal_finite_differences() {
                 // What exponents are lowered by has no gradient; without these it has no influence either.
                 options = options.with("feature_eps", 0).with("denom_eps", 0);
             }
-            gradients::check(&entry, &options, shape, 3);
+            differences::check(&entry, &options, shape, 3);
         }
     }
 }

@@ -1,10 +1,8 @@
 //! The variants of kernelised attention against vectors computed by other people's packages.
 
-mod support;
-
+use crate::golden_cases::{cases, check};
 use attn_core::registry::Options;
 use attn_testkit::golden::GoldenCase;
-use support::{cases, check};
 
 /// The file's options that have the same name and meaning here.
 fn options(case: &GoldenCase, names: &[&str]) -> Options {

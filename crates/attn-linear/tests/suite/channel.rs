@@ -1,14 +1,11 @@
 //! Cross-covariance attention: promises, gradients, and its formula in float64.
 
-#[path = "support/gradients.rs"]
-mod gradients;
-mod support;
-
+use crate::differences;
+use crate::golden_cases::{cases, check};
 use attn_core::AttnShape;
 use attn_core::registry::{Options, find};
 use attn_linear::registry;
 use attn_testkit::conformance;
-use support::{cases, check};
 
 #[test]
 fn xca_keeps_its_promises() {
@@ -22,7 +19,7 @@ fn gradients_equal_finite_differences() {
     let entry = *find(&registry(), "xca").unwrap();
     for head_dim_v in [3, 4, 6] {
         let shape = AttnShape { batch: 2, head_dim_v, ..AttnShape::square(2, 70, 4) };
-        gradients::check(&entry, &Options::new().with("temperature", 3), shape, 5);
+        differences::check(&entry, &Options::new().with("temperature", 3), shape, 5);
     }
 }
 
