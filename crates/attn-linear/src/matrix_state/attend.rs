@@ -120,6 +120,24 @@ impl SimdOp for Attend<'_> {
     }
 }
 
+/// What the erase of a chunk writes, into `solved`.
+pub(super) struct Solve<'a> {
+    pub(super) chunk: Piece<'a>,
+    pub(super) state: &'a [f32],
+    pub(super) scratch: &'a mut Scratch,
+}
+
+impl SimdOp for Solve<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { chunk, state, scratch } = self;
+        prepare(simd, &chunk, scratch);
+        solve(simd, &chunk, state, scratch);
+    }
+}
+
 /// The write whose decay a query has behind it.
 pub(super) fn read_at(o: &Options, i: usize) -> Option<usize> {
     match o.read {

@@ -54,6 +54,8 @@ pub(super) struct Backward<'a> {
     pub(super) d_reads: &'a [f32],
     /// Of the norms, `[len]`.
     pub(super) d_norms: &'a [f32],
+    /// Of what is written, beside what reads and state say; may be empty.
+    pub(super) d_writes: &'a [f32],
     /// Of the state after the chunk; becomes that of the state before it.
     pub(super) d_state: &'a mut [f32],
     /// Becomes the gradients of the chunk's rows; those of the bonus are added to.
@@ -67,7 +69,7 @@ impl SimdOp for Backward<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, state, d_reads, d_norms, d_state, grads, scratch: x, back } = self;
+        let Self { chunk, state, d_reads, d_norms, d_writes, d_state, grads, scratch: x, back } = self;
         let (o, chunk) = (x.options, &chunk);
         grads.resize(&o, chunk.len.max(chunk.writes / o.writes));
         grads.q.truncate(chunk.q.len());
@@ -95,7 +97,7 @@ impl SimdOp for Backward<'_> {
             read(simd, chunk, state, x);
             values_decay(simd, chunk, state, d_reads, d_state, grads, x, back);
         } else {
-            keys_decay(simd, chunk, state, [d_reads, d_norms], d_state, grads, x, back);
+            keys_decay(simd, chunk, state, [d_reads, d_norms, d_writes], d_state, grads, x, back);
         }
         accumulate(&back.d_sums, o.decay_width(), &mut grads.log_decay);
     }
@@ -277,7 +279,7 @@ fn keys_decay<S: Simd>(
     simd: S,
     chunk: &Piece<'_>,
     state: &[f32],
-    [d_reads, d_norms]: [&[f32]; 2],
+    [d_reads, d_norms, d_writes]: [&[f32]; 3],
     d_state: &mut [f32],
     grads: &mut Chunk,
     x: &mut Scratch,
@@ -301,6 +303,7 @@ fn keys_decay<S: Simd>(
     weigh(chunk.k, key_dim, &x.fading.end, width, &mut x.weighed);
     multiply(simd, [writes, value_dim, key_dim], &x.weighed, d_state, d_written, Start::Zero);
     multiply_turned(simd, [writes, value_dim, len], &x.qk, stride, d_reads, d_written);
+    d_written.iter_mut().zip(d_writes).for_each(|(d, more)| *d += more);
     let ended = turn(simd, d_state, key_dim, value_dim, turned).to_vec();
     let mut end_gradients = |values: &[f32], rows: &[f32], d_rows: &mut [f32], x: &mut Scratch| {
         part.resize(writes * key_dim, 0.0);

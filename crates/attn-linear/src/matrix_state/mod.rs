@@ -30,9 +30,12 @@ mod head;
 mod inputs;
 mod lanes;
 mod memory;
+mod momentum;
 pub mod naive;
+mod oja;
 mod options;
 mod recurrence;
+mod regression;
 mod run;
 mod scores;
 mod step;
@@ -51,26 +54,53 @@ pub use recurrence::Recurrence;
 pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
-use attend::{Attend, Scratch};
+use attend::{Attend, Scratch, Solve};
 use attn_core::simd::Isa;
 use backward::{BackScratch, Backward};
+use momentum::Momentum;
+use oja::Oja;
+use regression::Regression;
 use step::Steps;
 
 /// Up to this many tokens the recurrent form beats the chunked one.
 const RECURRENT_LEN: usize = 2;
 
 /// A thread's workspace for heads with the same options.
-pub struct Engine(Scratch, BackScratch);
+pub struct Engine {
+    scratch: Scratch,
+    back: BackScratch,
+    other: Other,
+}
+
+/// What takes the place of the engine's own chunks, [`Options::recurrence`].
+enum Other {
+    None,
+    Oja(Oja),
+    Momentum(Box<Momentum>),
+    Regression(Regression),
+}
 
 impl Engine {
     /// For chunks of up to `len` tokens.
     pub fn new(options: &Options, len: usize) -> Self {
-        Self(Scratch::new(options, len), BackScratch::default())
+        let other = match options.recurrence {
+            None => Other::None,
+            Some(Recurrence::Oja) => Other::Oja(Oja::new(options, len)),
+            Some(Recurrence::Momentum) => Other::Momentum(Box::default()),
+            Some(Recurrence::Regression) => Other::Regression(Regression::new(options, len)),
+        };
+        Self { scratch: Scratch::new(options, len), back: BackScratch::default(), other }
     }
 
     /// Bytes of [`Engine::new`] and of a [`Chunk`] for it.
     pub fn bytes(options: &Options, len: usize) -> usize {
-        Scratch::bytes(options, len) + 4 * Chunk::floats(options, len)
+        let other = match options.recurrence {
+            None => 0,
+            Some(Recurrence::Oja) => Oja::bytes(options, len),
+            Some(Recurrence::Momentum) => Momentum::bytes(options, len),
+            Some(Recurrence::Regression) => Self::bytes(&Options { recurrence: None, ..*options }, len),
+        };
+        Scratch::bytes(options, len) + 4 * Chunk::floats(options, len) + other
     }
 
     /// Runs the tokens of `chunk`: the state becomes the one after them, and the result is what they read.
@@ -78,23 +108,35 @@ impl Engine {
     /// # Panics
     /// If `chunk` or `state` have not the sizes that the options give them, or the chunk is longer than the engine's.
     pub fn run(&mut self, isa: Isa, chunk: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
-        let o = self.0.options;
+        let o = self.scratch.options;
         assert_eq!(state.len(), o.state_len(), "state");
-        let scratch = &mut self.0;
-        if let Some(recurrence) = o.recurrence {
-            recurrence.run(isa, &o, chunk, state, &mut scratch.reads[..chunk.len * o.value_dim]);
-        } else if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes {
-            isa.run(Steps { chunk, state, scratch });
-        } else {
-            isa.run(Attend { chunk, state, scratch });
+        let scratch = &mut self.scratch;
+        let reads = chunk.len * o.value_dim;
+        match (&mut self.other, o.recurrence) {
+            (Other::Oja(oja), _) => return oja.run(isa, chunk, state),
+            (Other::Momentum(momentum), _) => {
+                let reads = &mut scratch.reads[..reads];
+                isa.run(momentum::Forward { o: &o, chunk, state, reads, scratch: momentum });
+            }
+            (_, Some(recurrence)) => recurrence.run(isa, &o, chunk, state, &mut scratch.reads[..reads]),
+            _ if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes => {
+                isa.run(Steps { chunk, state, scratch });
+            }
+            _ => isa.run(Attend { chunk, state, scratch }),
         }
-        let norms = if o.norm { &self.0.norms[..chunk.len] } else { &[] };
-        Reads { rows: &self.0.reads[..chunk.len * o.value_dim], norms, scale: o.scale }
+        let norms = if o.norm { &self.scratch.norms[..chunk.len] } else { &[] };
+        Reads { rows: &self.scratch.reads[..reads], norms, scale: o.scale }
+    }
+
+    /// What a tied erase writes, `U [writes, value_dim]`, from a state that stays as it is.
+    fn written(&mut self, isa: Isa, chunk: Piece<'_>, state: &[f32]) -> &[f32] {
+        isa.run(Solve { chunk, state, scratch: &mut self.scratch });
+        &self.scratch.solved[..chunk.v.len()]
     }
 
     /// The gradients of [`Engine::run`] on `chunk` from `state`: `d_reads [len, value_dim]` and, with a norm, `d_norms [len]`
-    /// are the gradients of its result as it is told, not scaled; `d_state` that of the state after it and becomes that of the state before it, `grads` becomes those of the
-    /// chunk's rows. The gradient of the bonus is added to.
+    /// are the gradients of its result as it is told, not scaled; `d_state` that of the state after it and becomes that of the
+    /// state before it, `grads` becomes those of the chunk's rows. The gradient of the bonus is added to.
     ///
     /// # Panics
     /// As [`Engine::run`].
@@ -107,15 +149,41 @@ impl Engine {
         d_state: &mut [f32],
         grads: &mut Chunk,
     ) {
-        let o = self.0.options;
+        let o = self.scratch.options;
         assert_eq!((state.len(), d_state.len()), (o.state_len(), o.state_len()), "state");
         assert_eq!(d_reads.len(), chunk.len * o.value_dim, "gradient of the reads");
         if o.norm {
             assert_eq!(d_norms.len(), chunk.len, "gradient of the norms");
         }
-        if chunk.len + chunk.writes > 0 {
-            let (scratch, back) = (&mut self.0, &mut self.1);
-            isa.run(Backward { chunk, state, d_reads, d_norms, d_state, grads, scratch, back });
+        match &mut self.other {
+            Other::Oja(oja) => oja.backward(isa, chunk, state, d_reads, d_state, grads),
+            Other::Momentum(scratch) => {
+                let o = &o;
+                isa.run(momentum::Backward { o, chunk, state, d_reads, d_state, grads, scratch });
+            }
+            Other::Regression(regression) => {
+                regression.backward(isa, chunk, state, d_reads, d_state, grads);
+            }
+            Other::None => {
+                let (scratch, back) = (&mut self.scratch, &mut self.back);
+                let d_writes = &[];
+                isa.run(Backward { chunk, state, d_reads, d_norms, d_writes, d_state, grads, scratch, back });
+            }
         }
+    }
+
+    /// As [`Engine::backward`] for [`Engine::written`], whose gradient is `d_writes`; that of the state is added to.
+    fn backward_written(
+        &mut self,
+        isa: Isa,
+        chunk: Piece<'_>,
+        state: &[f32],
+        d_writes: &[f32],
+        d_state: &mut [f32],
+        grads: &mut Chunk,
+    ) {
+        let (scratch, back) = (&mut self.scratch, &mut self.back);
+        let (d_reads, d_norms) = (&[], &[]);
+        isa.run(Backward { chunk, state, d_reads, d_norms, d_writes, d_state, grads, scratch, back });
     }
 }

@@ -1,6 +1,6 @@
-//! Recurrences of the same state that are not sums of writes along given directions: token by token only.
+//! Recurrences of the same state that are not sums of writes along given directions, token by token.
 //!
-//! The formulas are generic over the float: f32 is the form that runs, f64 the definition.
+//! The formulas are generic over the float: f64 is the definition, f32 the form that runs where there is none in chunks.
 
 use super::{Options, Piece};
 use attn_core::simd::{Isa, Simd, SimdOp};
@@ -165,34 +165,56 @@ fn regression<F: Real>(
     read: &mut [F],
 ) {
     let (n, width) = (o.key_dim, o.value_dim);
+    absorb(o, x, i, state);
+    factorise(o, x.bonus, state, factor);
+    solution[..n].iter_mut().zip(&x.q[i * n..]).for_each(|(s, q)| *s = F::of(*q));
+    solve(n, factor, solution);
+    for (row, x) in state.chunks_exact(width).zip(&*solution) {
+        add_row(&mut read[n..], *x, &row[n..], |s| s);
+    }
+}
+
+/// Token `i` of a regression into its state.
+#[inline(always)]
+pub(super) fn absorb<F: Real>(o: &Options, x: &Piece<'_>, i: usize, state: &mut [F]) {
+    let (n, width) = (o.key_dim, o.value_dim);
     let fade = F::decay(x.log_decay[i]);
     let v = &x.v[i * width..][..width];
     for (row, k) in state.chunks_exact_mut(width).zip(&x.k[i * n..]) {
         let k = F::of(*k);
         row.iter_mut().zip(v).for_each(|(s, v)| *s = fade * *s + k * F::of(*v));
     }
-    // The lower factor L of H + diag, row by row; then L z = q and L^T x = z.
+}
+
+/// The lower factor `L` of `H + diag(bonus) = L L^T`, row by row.
+#[inline(always)]
+pub(super) fn factorise<F: Real>(o: &Options, bonus: &[f32], state: &[F], factor: &mut [F]) {
+    let (n, width) = (o.key_dim, o.value_dim);
     for r in 0..n {
         for c in 0..=r {
             let (before, own) = factor.split_at_mut(r * n);
             let other = if c == r { None } else { Some(&before[c * n..][..c]) };
             let dot = (0..c).fold(F::of(0.0), |sum, j| sum + own[j] * other.map_or(own[j], |row| row[j]));
-            let diagonal = if c == r { F::of(x.bonus[r]) } else { F::of(0.0) };
+            let diagonal = if c == r { F::of(bonus[r]) } else { F::of(0.0) };
             let left = state[r * width + c] + diagonal - dot;
             own[c] = if c == r { left.root() } else { left / before[c * n + c] };
         }
+    }
+}
+
+/// `x <- (L L^T)^-1 x`.
+#[inline(always)]
+pub(super) fn solve<F: Real>(n: usize, factor: &[F], x: &mut [F]) {
+    for r in 0..n {
         let row = &factor[r * n..][..=r];
-        let dot = (0..r).fold(F::of(0.0), |sum, j| sum + row[j] * solution[j]);
-        solution[r] = (F::of(x.q[i * n + r]) - dot) / row[r];
+        let dot = (0..r).fold(F::of(0.0), |sum, j| sum + row[j] * x[j]);
+        x[r] = (x[r] - dot) / row[r];
     }
     for r in (0..n).rev() {
-        solution[r] = solution[r] / factor[r * n + r];
-        let known = solution[r];
+        x[r] = x[r] / factor[r * n + r];
+        let known = x[r];
         for c in 0..r {
-            solution[c] = solution[c] - factor[r * n + c] * known;
+            x[c] = x[c] - factor[r * n + c] * known;
         }
-    }
-    for (row, x) in state.chunks_exact(width).zip(&*solution) {
-        add_row(&mut read[n..], *x, &row[n..], |s| s);
     }
 }

@@ -1,9 +1,10 @@
 //! Test-time regression: states that are fitted to the tokens so far, by steps with momentum or exactly; and Oja's rule.
 
 use super::front::{self, BETA, CAUSAL, FINE_CHUNK, LOG_DECAY, SCALE, UNIT_SCALE};
+use super::pull;
 use crate::matrix_state::{
-    Chunk, Decay, Extra, Options, Part, Plan, Reads, Recurrence, Sizes, StateVariant, Tokens, Width, copy,
-    copy_or,
+    Chunk, Decay, Extra, Options, Part, Plan, Pull, Reads, Recurrence, Sizes, StateVariant, Tokens, Width,
+    copy, copy_or,
 };
 use attn_core::registry::OptionSpec;
 use attn_core::{Result, softmax_scale_or_default};
@@ -24,7 +25,7 @@ const LOG_MU: OptionSpec = OptionSpec {
 /// ```
 ///
 /// The error is read from the previous, unfaded state. Extra inputs: `p [batch, heads, tokens, head_dim]` (the key where it
-/// is not given), `beta`, `eta`, `log_decay`, `log_mu [batch, heads, tokens]`. The memory is `S` and `M`. Token by token.
+/// is not given), `beta`, `eta`, `log_decay`, `log_mu [batch, heads, tokens]`. The memory is `S` and `M`.
 ///
 /// Source: the operator of this name in flash-linear-attention 0.6; Behrouz, Zhong, Mirrokni 2025 (Titans), equations 9, 10.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,7 +82,7 @@ impl StateVariant for MomentumDelta {
         Extra::scalar("log_decay"),
         Extra::scalar("log_mu"),
     ];
-    const SUMMARY: &'static str = "The delta rule with momentum, token by token";
+    const SUMMARY: &'static str = "The delta rule with momentum (Behrouz et al. 2025)";
     const OPTIONS: &'static [OptionSpec] =
         &[CAUSAL, SCALE, front::QK_NORM, BETA, ETA, LOG_DECAY, LOG_MU, FINE_CHUNK];
 
@@ -113,6 +114,32 @@ impl StateVariant for MomentumDelta {
             chunk.notes[3 * i + 2] = x.number("beta", i, self.beta);
         }
     }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let width = x.k.width();
+        to.v.copy_from_slice(&grads.v);
+        pull::decays(grads, to);
+        for i in 0..x.len() {
+            let (own, one) = (i * width..(i + 1) * width, i..i + 1);
+            let (by_key, by_p) = grads.k[2 * i * width..][..2 * width].split_at(width);
+            to.q[own.clone()].copy_from_slice(&grads.q[2 * i * width..][..width]);
+            to.k[own.clone()].copy_from_slice(by_key);
+            match to.extra("p") {
+                Some(rows) => rows[own.clone()].copy_from_slice(by_p),
+                None => to.k[own.clone()].iter_mut().zip(by_p).for_each(|(d, more)| *d += more),
+            }
+            if self.qk_norm {
+                let made = |rows: &'_ [f32]| rows[2 * i * width..][..width].to_vec();
+                pull::normalised(x.q.slice(one.clone()), &made(&chunk.q), 1e-6, &mut to.q[own.clone()]);
+                pull::normalised(x.k.slice(one), &made(&chunk.k), 1e-6, &mut to.k[own]);
+            }
+            for (n, name) in ["log_mu", "eta", "beta"].into_iter().enumerate() {
+                to.add(name, i, grads.notes[3 * i + n]);
+            }
+        }
+    }
 }
 
 /// Titans with a linear memory and squared loss: [`MomentumDelta`] with `p = k` and `beta = 1`. `e^log_decay` is one minus
@@ -139,6 +166,12 @@ impl StateVariant for TitansLinear {
 
     fn fill(&self, x: &Tokens<'_>, carry: &mut [f32], chunk: &mut Chunk) {
         self.0.fill(x, carry, chunk);
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, d_out: &[f32], to: &mut Pull<'_>) {
+        self.0.pull(x, chunk, grads, d_out, to);
     }
 }
 
@@ -246,6 +279,47 @@ impl StateVariant for MesaNet {
         });
     }
 
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull_finish(
+        &self,
+        x: &Tokens<'_>,
+        _: &Chunk,
+        reads: Reads<'_>,
+        d_out: &[f32],
+        [d_rows, _]: [&mut [f32]; 2],
+        _: &mut Pull<'_>,
+    ) {
+        let (keys, values) = (x.k.width(), x.v.width());
+        let rows = d_rows.chunks_exact_mut(keys + values).zip(d_out.chunks_exact(values));
+        rows.for_each(|(d_row, d)| d_row[keys..].iter_mut().zip(d).for_each(|(to, d)| *to = reads.scale * d));
+    }
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        let (keys, values) = (x.k.width(), x.v.width());
+        to.q.copy_from_slice(&grads.q);
+        pull::decays(grads, to);
+        let mut made = Vec::with_capacity(chunk.k.len());
+        let rows = chunk.v.chunks_exact(keys + values).zip(grads.v.chunks_exact(keys + values));
+        for (i, (row, d_row)) in rows.enumerate() {
+            let (k, by_key) = (&row[..keys], &grads.k[i * keys..][..keys]);
+            let beta = x.number("beta", i, self.beta);
+            let d_k = to.k[i * keys..][..keys].iter_mut().zip(d_row).zip(by_key);
+            d_k.for_each(|((d, by_row), by_key)| *d = by_row + beta * by_key);
+            to.v[i * values..][..values].copy_from_slice(&d_row[keys..]);
+            to.add("beta", i, k.iter().zip(by_key).map(|(k, d)| k * d).sum());
+            made.extend_from_slice(k);
+        }
+        if self.qk_norm {
+            pull::normalised(x.q, &chunk.q, 1e-6, to.q);
+            pull::normalised(x.k, &made, 1e-6, to.k);
+        }
+        // One row for all tokens: the first one's gradient is that of the chunk.
+        if let Some(d) = to.extra("lambda") {
+            d[..keys].copy_from_slice(&grads.bonus);
+        }
+    }
+
     fn max_error(&self) -> f64 {
         1e-4
     }
@@ -257,7 +331,7 @@ impl StateVariant for MesaNet {
 /// S~_t = S_(t-1) diag(e^g_t)          S_t = S~_t + beta_t (k_t - S~_t v_t) v_t^T          o_t = scale q_t^T S_t
 /// ```
 ///
-/// Extra inputs: `beta [batch, heads, tokens]`, `log_decay [batch, heads, tokens, head_dim_v]`. Token by token.
+/// Extra inputs: `beta [batch, heads, tokens]`, `log_decay [batch, heads, tokens, head_dim_v]`.
 ///
 /// Source: Oja 1982; the operator `gated_oja_rule` in flash-linear-attention 0.6.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -315,6 +389,22 @@ impl StateVariant for GatedOja {
         for (i, k) in chunk.k.chunks_exact_mut(x.k.width()).enumerate() {
             chunk.notes[i] = x.number("beta", i, self.beta);
             k.iter_mut().for_each(|k| *k *= chunk.notes[i]);
+        }
+    }
+
+    const DIFFERENTIABLE: bool = true;
+
+    fn pull(&self, x: &Tokens<'_>, chunk: &Chunk, grads: &Chunk, _: &[f32], to: &mut Pull<'_>) {
+        pull::qkv(grads, to);
+        pull::decays(grads, to);
+        for (i, k) in x.k.iter().enumerate() {
+            let d_k = &mut to.k[i * k.len()..][..k.len()];
+            let written: f32 = k.iter().zip(&*d_k).map(|(k, d)| k * d).sum();
+            d_k.iter_mut().for_each(|d| *d *= chunk.notes[i]);
+            to.add("beta", i, written + grads.notes[i]);
+        }
+        if self.v_norm {
+            pull::normalised(x.v, &chunk.v, 1e-6, to.v);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a recurrence over tokens has to say to be run.
 
-use attn_core::simd::Simd;
+use attn_core::simd::{Isa, Simd, SimdOp};
 
 /// Rows of f32 on their way through a kernel: row `i` is `data[i * stride..][..stride]`, whole vectors wide. What lies behind a
 /// row's own width is zero on the way in and not looked at on the way out.
@@ -129,4 +129,116 @@ pub trait Cell: Send + Sync {
         grads: PieceGrads<'_, '_>,
         scratch: &mut [f32],
     );
+}
+
+/// A [`Cell`] behind a pointer, so that what drives it is compiled once for all of them.
+pub(super) trait AnyCell: Send + Sync {
+    fn inputs(&self) -> Vec<usize>;
+    fn out_width(&self) -> usize;
+    fn params(&self) -> usize;
+    fn piece_len(&self) -> usize;
+    fn scratch(&self, len: usize) -> usize;
+    fn state(&self) -> Vec<[usize; 2]>;
+
+    /// [`Cell::forward`] on an instruction set.
+    fn run(
+        &self,
+        isa: Isa,
+        piece: Piece<'_>,
+        state: &mut [&mut [f32]],
+        out: PanelMut<'_>,
+        scratch: &mut [f32],
+    );
+
+    /// [`Cell::backward`] on an instruction set.
+    fn run_back(
+        &self,
+        isa: Isa,
+        piece: Piece<'_>,
+        state: &[&[f32]],
+        grads: PieceGrads<'_, '_>,
+        scratch: &mut [f32],
+    );
+}
+
+impl<C: Cell> AnyCell for C {
+    fn inputs(&self) -> Vec<usize> {
+        Cell::inputs(self)
+    }
+
+    fn out_width(&self) -> usize {
+        Cell::out_width(self)
+    }
+
+    fn params(&self) -> usize {
+        Cell::params(self)
+    }
+
+    fn piece_len(&self) -> usize {
+        Cell::piece_len(self)
+    }
+
+    fn scratch(&self, len: usize) -> usize {
+        Cell::scratch(self, len)
+    }
+
+    fn state(&self) -> Vec<[usize; 2]> {
+        Cell::state(self)
+    }
+
+    fn run(
+        &self,
+        isa: Isa,
+        piece: Piece<'_>,
+        state: &mut [&mut [f32]],
+        out: PanelMut<'_>,
+        scratch: &mut [f32],
+    ) {
+        isa.run(Forward { cell: self, piece, state, out, scratch });
+    }
+
+    fn run_back(
+        &self,
+        isa: Isa,
+        piece: Piece<'_>,
+        state: &[&[f32]],
+        grads: PieceGrads<'_, '_>,
+        scratch: &mut [f32],
+    ) {
+        isa.run(Backward { cell: self, piece, state, grads, scratch });
+    }
+}
+
+struct Forward<'a, 's, C> {
+    cell: &'a C,
+    piece: Piece<'a>,
+    state: &'a mut [&'s mut [f32]],
+    out: PanelMut<'a>,
+    scratch: &'a mut [f32],
+}
+
+impl<C: Cell> SimdOp for Forward<'_, '_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        self.cell.forward(simd, self.piece, self.state, self.out, self.scratch);
+    }
+}
+
+struct Backward<'a, 'g, 'h, C> {
+    cell: &'a C,
+    piece: Piece<'a>,
+    state: &'a [&'a [f32]],
+    grads: PieceGrads<'g, 'h>,
+    scratch: &'a mut [f32],
+}
+
+impl<C: Cell> SimdOp for Backward<'_, '_, '_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        self.cell.backward(simd, self.piece, self.state, self.grads, self.scratch);
+    }
 }

@@ -4,10 +4,10 @@
 //! Pieces end at multiples of [`Cell::piece_len`] since the state was empty. The backward pass runs forward once more, keeps
 //! the state before every piece, and goes through the pieces from the last to the first.
 
-use super::cell::{Panel, PanelMut, Piece, PieceGrads};
+use super::cell::{AnyCell, Panel, PanelMut, Piece, PieceGrads};
 use super::{Cell, ScanState, Tokens};
 use attn_core::parallel::for_each_task;
-use attn_core::simd::{Isa, Simd, SimdOp};
+use attn_core::simd::Isa;
 use attn_core::tile::MAX_LANES;
 use attn_core::{AttnError, OutMut, OutRows, Result, TensorView};
 use std::ops::Range;
@@ -45,7 +45,7 @@ impl Buffer {
 }
 
 impl Workspace {
-    fn new<C: Cell>(cell: &C, len: usize) -> Self {
+    fn new(cell: &dyn AnyCell, len: usize) -> Self {
         let len = len.min(cell.piece_len());
         Self {
             inputs: cell.inputs().into_iter().map(|width| Buffer::new(width, len)).collect(),
@@ -57,6 +57,7 @@ impl Workspace {
 
 /// Bytes that a thread of [`forward`] allocates, its state included.
 pub(crate) fn workspace_bytes<C: Cell>(cell: &C, len: usize) -> u64 {
+    let cell: &dyn AnyCell = cell;
     let len = len.min(cell.piece_len());
     let rows = cell.inputs().into_iter().chain([cell.out_width()]);
     let panels: usize = rows.map(|width| width.next_multiple_of(MAX_LANES) * len).sum();
@@ -77,7 +78,7 @@ pub fn forward<C: Cell>(
     state: Option<&mut ScanState>,
 ) -> Result<()> {
     let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
-    check_rows("out", out.shape(), [batch, heads, len, cell.out_width()])?;
+    check_rows("out", out.shape(), [batch, heads, len, Cell::out_width(cell)])?;
     let mut own = None;
     let state = match state {
         Some(state) => state,
@@ -94,9 +95,14 @@ pub(crate) fn absorb<C: Cell>(cell: &C, tokens: &Tokens<'_>, state: &mut ScanSta
     run(cell, tokens, None, state)
 }
 
-fn run<C: Cell>(cell: &C, tokens: &Tokens<'_>, out: Option<OutMut<'_>>, state: &mut ScanState) -> Result<()> {
+fn run(
+    cell: &dyn AnyCell,
+    tokens: &Tokens<'_>,
+    out: Option<OutMut<'_>>,
+    state: &mut ScanState,
+) -> Result<()> {
     let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
-    state.check(cell, batch, heads)?;
+    state.check(&cell.state(), batch, heads)?;
     if len == 0 || batch * heads == 0 {
         return Ok(());
     }
@@ -116,15 +122,15 @@ fn run<C: Cell>(cell: &C, tokens: &Tokens<'_>, out: Option<OutMut<'_>>, state: &
     let workspace = || Workspace::new(cell, len);
     if is_small(cell, tokens) {
         let mut workspace = workspace();
-        tasks.into_iter().for_each(|head| isa.run(Run(head, &mut workspace)));
+        tasks.into_iter().for_each(|head| head.run(isa, &mut workspace));
     } else {
-        for_each_task(tasks.into_iter(), workspace, |workspace, head| isa.run(Run(head, workspace)));
+        for_each_task(tasks.into_iter(), workspace, |workspace, head| head.run(isa, workspace));
     }
     state.advance(len);
     Ok(())
 }
 
-fn is_small<C: Cell>(cell: &C, tokens: &Tokens<'_>) -> bool {
+fn is_small(cell: &dyn AnyCell, tokens: &Tokens<'_>) -> bool {
     let row: usize = cell.inputs().iter().sum();
     tokens.batch() * tokens.heads() * tokens.len() * row < SERIAL_FLOATS
 }
@@ -146,8 +152,8 @@ fn pieces(len: usize, first: usize, piece_len: usize) -> impl DoubleEndedIterato
 }
 
 /// One head forwards.
-struct Head<'a, 's, C> {
-    cell: &'a C,
+struct Head<'a, 's> {
+    cell: &'a dyn AnyCell,
     tokens: &'a Tokens<'a>,
     at: (usize, usize),
     first: usize,
@@ -157,14 +163,9 @@ struct Head<'a, 's, C> {
     snapshots: Option<&'s mut Vec<f32>>,
 }
 
-struct Run<'w, 'a, 's, C>(Head<'a, 's, C>, &'w mut Workspace);
-
-impl<C: Cell> SimdOp for Run<'_, '_, '_, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let Self(mut head, workspace) = self;
+impl Head<'_, '_> {
+    fn run(self, isa: Isa, workspace: &mut Workspace) {
+        let mut head = self;
         for rows in pieces(head.tokens.len(), head.first, head.cell.piece_len()) {
             if let Some(snapshots) = &mut head.snapshots {
                 head.state.iter().for_each(|part| snapshots.extend_from_slice(part));
@@ -183,11 +184,7 @@ impl<C: Cell> SimdOp for Run<'_, '_, '_, C> {
             };
             let (cell, state) = (head.cell, &mut head.state);
             let (out, scratch) = (workspace.out.panel_mut(), &mut workspace.scratch);
-            // Built once per instruction set, for both directions.
-            simd.vectorize(
-                #[inline(always)]
-                || cell.forward(simd, piece, state, out, scratch),
-            );
+            cell.run(isa, piece, state, out, scratch);
             if let Some(out) = &mut head.out {
                 let panel = workspace.out.panel();
                 for (i, to) in rows.enumerate() {
@@ -221,18 +218,24 @@ pub fn backward<C: Cell>(
     grad_out: &TensorView<'_>,
     grad_state: Option<&ScanState>,
 ) -> Result<Gradients> {
+    let (batch, heads) = (tokens.batch(), tokens.heads());
+    let last = state.map_or_else(|| ScanState::new(cell, batch, heads), ScanState::clone);
+    let grads = grad_state.map_or_else(|| ScanState::no_grad(cell, batch, heads), ScanState::clone);
+    run_back(cell, tokens, last, grad_out, grads)
+}
+
+fn run_back(
+    cell: &dyn AnyCell,
+    tokens: &Tokens<'_>,
+    mut last: ScanState,
+    grad_out: &TensorView<'_>,
+    mut grads: ScanState,
+) -> Result<Gradients> {
     let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
     check_rows("grad_out", grad_out.shape(), [batch, heads, len, cell.out_width()])?;
-    let mut last = match state {
-        Some(state) => state.clone(),
-        None => ScanState::new(cell, batch, heads),
-    };
-    last.check(cell, batch, heads)?;
-    if let Some(grad) = grad_state {
-        grad.check(cell, batch, heads)?;
-    }
+    last.check(&cell.state(), batch, heads)?;
+    grads.check(&cell.state(), batch, heads)?;
     let first = last.position();
-    let mut grads = grad_state.map_or_else(|| ScanState::no_grad(cell, batch, heads), ScanState::clone);
     let widths = cell.inputs();
     let mut inputs: Vec<Vec<f32>> = widths.iter().map(|w| vec![0.0; batch * heads * len * w]).collect();
     let mut params = vec![vec![0.0; cell.params()]; batch * heads];
@@ -262,7 +265,7 @@ pub fn backward<C: Cell>(
         });
         let tasks: Vec<_> = tasks.collect();
         let workspace = || (Workspace::new(cell, len), Workspace::new(cell, len), Vec::new());
-        for_each_task(tasks.into_iter(), workspace, |workspace, task| isa.run(RunBack(task, workspace)));
+        for_each_task(tasks.into_iter(), workspace, |workspace, task| task.run(isa, workspace));
     }
     let gathered = inputs.into_iter().zip(&widths).enumerate();
     let inputs = gathered.map(|(at, (grads, width))| tokens.gather(at, *width, grads)).collect();
@@ -270,8 +273,8 @@ pub fn backward<C: Cell>(
 }
 
 /// One head backwards.
-struct BackHead<'a, 's, C> {
-    head: Head<'a, 's, C>,
+struct BackHead<'a, 's> {
+    head: Head<'a, 's>,
     grad_out: &'a Tokens<'a>,
     grad_state: Vec<&'s mut [f32]>,
     rows: Vec<&'s mut [f32]>,
@@ -281,19 +284,13 @@ struct BackHead<'a, 's, C> {
 /// Inputs and output, their gradients, snapshots.
 type BackWorkspace = (Workspace, Workspace, Vec<f32>);
 
-struct RunBack<'w, 'a, 's, C>(BackHead<'a, 's, C>, &'w mut BackWorkspace);
-
-impl<C: Cell> SimdOp for RunBack<'_, '_, '_, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let Self(BackHead { head, grad_out, mut grad_state, mut rows, params }, (ahead, back, snapshots)) =
-            self;
+impl BackHead<'_, '_> {
+    fn run(self, isa: Isa, (ahead, back, snapshots): &mut BackWorkspace) {
+        let Self { head, grad_out, mut grad_state, mut rows, params } = self;
         let (cell, tokens, at, first) = (head.cell, head.tokens, head.at, head.first);
         snapshots.clear();
         let sizes: Vec<usize> = head.state.iter().map(|part| part.len()).collect();
-        Run(Head { snapshots: Some(snapshots), ..head }, ahead).eval(simd);
+        Head { snapshots: Some(snapshots), ..head }.run(isa, ahead);
         let floats: usize = sizes.iter().sum();
         for (n, range) in
             pieces(tokens.len(), first, cell.piece_len()).enumerate().collect::<Vec<_>>().into_iter().rev()
@@ -329,7 +326,7 @@ impl<C: Cell> SimdOp for RunBack<'_, '_, '_, C> {
                     inputs: &mut input_grads,
                     params,
                 };
-                cell.backward(simd, piece, &state, grads, &mut ahead.scratch);
+                cell.run_back(isa, piece, &state, grads, &mut ahead.scratch);
             }
             for (buffer, rows) in back.inputs.iter().zip(&mut rows) {
                 let to = rows.chunks_exact_mut(buffer.width).skip(range.start).take(range.len());

@@ -47,3 +47,13 @@ fn of_slots() {
     check("abc", &[("slots", "6")]);
     check("raven", &[("slots", "4"), ("top_k", "4")]);
 }
+
+#[test]
+fn of_regressions() {
+    check("gated-oja", &[]);
+    check("gated-oja", &[("v_norm", "false"), ("beta", "0.2")]);
+    for name in ["momentum-delta", "titans-linear", "mesanet"] {
+        check(name, &[]);
+        check(name, &[("qk_norm", "false")]);
+    }
+}
