@@ -3,12 +3,15 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use attn_benches::{
-    Problem, Setting, backward, candle_attention, candle_nn_attention, causal_mask, forward, measure,
+    Problem, Setting, backward, candle_attention, candle_nn_attention, causal_mask, forward, forward_stored,
+    measure,
 };
 use attn_core::AttnShape;
 use attn_core::simd::Isa;
-use attn_flash::{Flash, Naive};
+use attn_core::tile::Bf16Dot;
+use attn_flash::{Flash, HalfProducts, Naive};
 use criterion::{Criterion, criterion_group, criterion_main};
+use half::{bf16, f16};
 
 fn shares(c: &mut Criterion) {
     for head_dim in [64, 128] {
@@ -26,6 +29,27 @@ fn shares(c: &mut Criterion) {
         forward(c, &format!("flash full {isa}"), &Flash::full(), &problem, Setting { threads: 1, isa });
     }
     forward(c, "naive full", &Naive::default(), &problem, Setting::threads(1));
+}
+
+/// Half types: widened to f32, and bf16 multiplied as it is. Native products do up to twice the f32 peak.
+fn halves(c: &mut Criterion) {
+    let with = |half_products, flash| Flash { half_products, ..flash };
+    for head_dim in [64, 128] {
+        let problem = Problem::new(AttnShape::square(1, 4096, head_dim));
+        for (name, flash) in [("full", Flash::full()), ("causal", Flash::causal())] {
+            for threads in [1, 2] {
+                let at = Setting::threads(threads);
+                let name = |what: &str| format!("flash {what} {name} d={head_dim} n=4096");
+                let widen = with(HalfProducts::Widen, flash);
+                forward_stored::<bf16>(c, &name("bf16 widened"), &widen, &problem, at);
+                forward_stored::<f16>(c, &name("f16 widened"), &widen, &problem, at);
+                if Bf16Dot::detect().is_some() {
+                    let native = with(HalfProducts::Native, flash);
+                    forward_stored::<bf16>(c, &name("bf16 native"), &native, &problem, at);
+                }
+            }
+        }
+    }
 }
 
 /// Many short sequences, and grouped heads.
@@ -86,5 +110,5 @@ fn against_candle(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, shares, other_shapes, gradients, against_candle);
+criterion_group!(benches, shares, halves, other_shapes, gradients, against_candle);
 criterion_main!(benches);

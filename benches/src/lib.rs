@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout)] // what a bench is for
 
 use attn_core::simd::{Isa, with_isa};
-use attn_core::{Attention, AttnShape, DType, Qkv, QkvGrads, View, ViewMut, limits};
+use attn_core::{Attention, AttnShape, DType, Element, Qkv, QkvGrads, View, ViewMut, limits};
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::attention::{AttnMask, flash_attn};
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -101,12 +101,31 @@ impl Setting {
     }
 }
 
-/// Measures one forward pass with criterion and prints its share of the FMA peak, measured before and after.
+/// Measures one forward pass with criterion and prints its share of the f32 FMA peak, measured before and after.
 pub fn forward(c: &mut Criterion, name: &str, attention: &dyn Attention, problem: &Problem, at: Setting) {
-    let mut out = vec![0.0f32; problem.shape.out().iter().product()];
-    let flops = attention.cost(&problem.shape, DType::F32).flops;
+    forward_stored::<f32>(c, name, attention, problem, at);
+}
+
+/// As [`forward`], with inputs and output stored as `E`.
+pub fn forward_stored<E: Element>(
+    c: &mut Criterion,
+    name: &str,
+    attention: &dyn Attention,
+    problem: &Problem,
+    at: Setting,
+) {
+    let s = &problem.shape;
+    let stored = |data: &[f32]| data.iter().map(|x| E::store(*x)).collect::<Vec<E>>();
+    let (q, k, v) = (stored(&problem.q), stored(&problem.k), stored(&problem.v));
+    let mut out = stored(&vec![0.0; s.out().iter().product()]);
+    let flops = attention.cost(s, DType::F32).flops;
     share_of_peak(c, name, problem, at, flops, &mut || {
-        attention.forward(problem.qkv(), contiguous("out", &mut out, problem.shape.out()).into())
+        let x = Qkv::new(
+            View::contiguous("q", &q, s.q())?,
+            View::contiguous("k", &k, s.k())?,
+            View::contiguous("v", &v, s.v())?,
+        )?;
+        attention.forward(x, ViewMut::contiguous("out", &mut out, s.out())?.into())
     });
 }
 

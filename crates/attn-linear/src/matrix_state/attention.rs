@@ -160,6 +160,11 @@ impl<V: StateVariant> StateAttention<V> {
             let of_memory = initial.initial_parts(&sizes, &grads.memory)?;
             for (name, grad) in grads.inputs.0.into_iter().chain(of_memory.0) {
                 let Some(given) = tensors.get(&name) else { continue };
+                if given.shape.iter().product::<usize>() != grad.shape.iter().product() {
+                    let what =
+                        format!("the gradient of `{name}` given for every token: it is one of the heads");
+                    return Err(AttnError::unsupported(V::NAME, what));
+                }
                 let grad = NamedTensor { shape: given.shape.clone(), ..grad };
                 all.0.insert(format!("grad.{name}"), grad.rounded(given.data.dtype().unwrap_or(DType::F32)));
             }

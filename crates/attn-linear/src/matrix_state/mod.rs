@@ -75,9 +75,9 @@ pub struct Engine {
 /// What takes the place of the engine's own chunks, [`Options::recurrence`].
 enum Other {
     None,
-    Oja(Oja),
+    Oja(Box<Oja>),
     Momentum(Box<Momentum>),
-    Regression(Regression),
+    Regression(Box<Regression>),
 }
 
 impl Engine {
@@ -85,9 +85,9 @@ impl Engine {
     pub fn new(options: &Options, len: usize) -> Self {
         let other = match options.recurrence {
             None => Other::None,
-            Some(Recurrence::Oja) => Other::Oja(Oja::new(options, len)),
+            Some(Recurrence::Oja) => Other::Oja(Box::new(Oja::new(options, len))),
             Some(Recurrence::Momentum) => Other::Momentum(Box::default()),
-            Some(Recurrence::Regression) => Other::Regression(Regression::new(options, len)),
+            Some(Recurrence::Regression) => Other::Regression(Box::new(Regression::new(options, len))),
         };
         Self { scratch: Scratch::new(options, len), back: BackScratch::default(), other }
     }
@@ -98,7 +98,7 @@ impl Engine {
             None => 0,
             Some(Recurrence::Oja) => Oja::bytes(options, len),
             Some(Recurrence::Momentum) => Momentum::bytes(options, len),
-            Some(Recurrence::Regression) => Self::bytes(&Options { recurrence: None, ..*options }, len),
+            Some(Recurrence::Regression) => Regression::bytes(options, len),
         };
         Scratch::bytes(options, len) + 4 * Chunk::floats(options, len) + other
     }
@@ -112,17 +112,17 @@ impl Engine {
         assert_eq!(state.len(), o.state_len(), "state");
         let scratch = &mut self.scratch;
         let reads = chunk.len * o.value_dim;
-        match (&mut self.other, o.recurrence) {
-            (Other::Oja(oja), _) => return oja.run(isa, chunk, state),
-            (Other::Momentum(momentum), _) => {
+        match &mut self.other {
+            Other::Oja(oja) => return oja.run(isa, chunk, state),
+            Other::Regression(regression) => return regression.run(isa, chunk, state),
+            Other::Momentum(momentum) => {
                 let reads = &mut scratch.reads[..reads];
                 isa.run(momentum::Forward { o: &o, chunk, state, reads, scratch: momentum });
             }
-            (_, Some(recurrence)) => recurrence.run(isa, &o, chunk, state, &mut scratch.reads[..reads]),
-            _ if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes => {
+            Other::None if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes => {
                 isa.run(Steps { chunk, state, scratch });
             }
-            _ => isa.run(Attend { chunk, state, scratch }),
+            Other::None => isa.run(Attend { chunk, state, scratch }),
         }
         let norms = if o.norm { &self.scratch.norms[..chunk.len] } else { &[] };
         Reads { rows: &self.scratch.reads[..reads], norms, scale: o.scale }

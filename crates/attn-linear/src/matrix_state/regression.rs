@@ -1,6 +1,11 @@
-//! Gradients of a regression that is solved at every token.
+//! A regression that is solved at every token, in chunks, and its gradients.
 //!
-//! With the state `[H | G]`, written by `beta k` with the value row `[k, v]`, and `(H_i + Lambda) x_i = q_i`, `o_i = G_i^T x_i`:
+//! The state is `[H | G]`, written by `beta k` with the value row `[k, v]`; `(H_i + Lambda) x_i = q_i`, `o_i = G_i^T x_i`. All `x`
+//! of a chunk are found together by conjugate gradients, preconditioned by `Lambda`: the products `H_i p_i` are what the
+//! queries `p` read from a sum of writes. A row that has arrived is left alone, so that its bits do not depend on the others;
+//! one that has not after [`STEPS`] is solved by Cholesky's factor. Then `x` reads `G`.
+//!
+//! Backwards:
 //!
 //! ```text
 //! (H_i + Lambda) y_i = G_i do_i      dq_i = y_i      dLambda = -sum_i y_i o x_i      dG_i += x_i do_i^T      dH_i += -y_i x_i^T
@@ -8,14 +13,28 @@
 //!
 //! so that `x` reads `G` and `y` reads `H` as queries of a sum of writes do, whose gradients those of the state are.
 
+use super::attend::{Scratch, prepare, read};
 use super::recurrence::{absorb, factorise, solve};
-use super::{Chunk, Engine, Options, Piece};
+use super::{Chunk, Engine, Options, Piece, Reads};
 use attn_core::simd::{Isa, Simd, SimdOp};
+
+/// Steps after which a row is given up; a well conditioned one takes about ten.
+const STEPS: usize = 40;
+
+/// A residual, as a share of the first one, at which a row has arrived; squared.
+const ARRIVED: f32 = 4e-14;
 
 /// A thread's buffers.
 pub(super) struct Regression {
     options: Options,
     sums: Box<Engine>,
+    /// Of `H` alone.
+    matrix: Scratch,
+    h: Vec<f32>,
+    keys: Vec<f32>,
+    /// Residuals and directions `[len, key_dim]`.
+    residuals: Vec<f32>,
+    directions: Vec<f32>,
     /// `x`, `y [len, key_dim]`.
     read: Vec<f32>,
     adjoint: Vec<f32>,
@@ -25,7 +44,50 @@ pub(super) struct Regression {
 impl Regression {
     pub(super) fn new(o: &Options, len: usize) -> Self {
         let sums = Box::new(Engine::new(&Options { recurrence: None, ..*o }, len));
-        Self { options: *o, sums, read: Vec::new(), adjoint: Vec::new(), grads: Chunk::default() }
+        let matrix = Scratch::new(&Self::matrix(o), len);
+        let [h, keys, residuals, directions, read, adjoint] = [const { Vec::new() }; 6];
+        Self {
+            options: *o,
+            sums,
+            matrix,
+            h,
+            keys,
+            residuals,
+            directions,
+            read,
+            adjoint,
+            grads: Chunk::default(),
+        }
+    }
+
+    /// Bytes of [`Regression::new`] and what a chunk takes.
+    pub(super) fn bytes(o: &Options, len: usize) -> usize {
+        let rows = 4 * len * o.key_dim;
+        Engine::bytes(&Options { recurrence: None, ..*o }, len)
+            + Scratch::bytes(&Self::matrix(o), len)
+            + 4 * (o.key_dim * o.key_dim + rows)
+    }
+
+    fn matrix(o: &Options) -> Options {
+        Options { value_dim: o.key_dim, recurrence: None, ..*o }
+    }
+
+    /// As [`Engine::run`].
+    pub(super) fn run(&mut self, isa: Isa, x: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
+        let (n, width) = (self.options.key_dim, self.options.value_dim);
+        self.h.clear();
+        self.h.extend(state.chunks_exact(width).flat_map(|row| &row[..n]));
+        self.keys.clear();
+        self.keys.extend(x.v.chunks_exact(width).flat_map(|row| &row[..n]));
+        let Self { matrix, h, keys, residuals, directions, read, .. } = self;
+        let lambda = x.bonus;
+        let piece = Piece { v: keys, bonus: &[], ..x };
+        let mut arrived = vec![false; x.len];
+        isa.run(Descend { piece, lambda, h, matrix, residuals, directions, x: read, arrived: &mut arrived });
+        if arrived.contains(&false) {
+            isa.run(Factorise { o: &self.options, x, state: state.to_vec(), read, arrived: &arrived });
+        }
+        self.sums.run(isa, Piece { q: &self.read, bonus: &[], ..x }, state)
     }
 
     /// As [`Engine::backward`]; the gradients of `Lambda` are those of the bonus.
@@ -70,6 +132,107 @@ impl Regression {
         sums.into_iter().for_each(|(d, more)| d.iter_mut().zip(more).for_each(|(d, more)| *d += more));
         grads.q.copy_from_slice(&self.adjoint);
         grads.bonus = bonus;
+    }
+}
+
+/// Conjugate gradients for all rows of a chunk.
+struct Descend<'a> {
+    /// Its values are keys; the queries are the right sides.
+    piece: Piece<'a>,
+    lambda: &'a [f32],
+    h: &'a [f32],
+    matrix: &'a mut Scratch,
+    residuals: &'a mut Vec<f32>,
+    directions: &'a mut Vec<f32>,
+    x: &'a mut Vec<f32>,
+    arrived: &'a mut [bool],
+}
+
+impl SimdOp for Descend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { piece, lambda, h, matrix, residuals, directions, x, arrived } = self;
+        let n = lambda.len();
+        // `r . Lambda^-1 r`, in partial sums that vectors can hold.
+        let size = |r: &[f32]| -> f32 {
+            let mut lanes = [0.0f32; 16];
+            for (r, lambda) in r.chunks(16).zip(lambda.chunks(16)) {
+                lanes.iter_mut().zip(r).zip(lambda).for_each(|((sum, r), lambda)| *sum += r * r / lambda);
+            }
+            lanes.iter().sum()
+        };
+        x.clear();
+        x.resize(piece.q.len(), 0.0);
+        residuals.clear();
+        residuals.extend_from_slice(piece.q);
+        directions.clear();
+        let scaled = piece.q.chunks_exact(n).flat_map(|q| q.iter().zip(lambda).map(|(q, lambda)| q / lambda));
+        directions.extend(scaled);
+        let first: Vec<f32> = residuals.chunks_exact(n).map(&size).collect();
+        let mut sizes = first.clone();
+        arrived.iter_mut().zip(&sizes).for_each(|(arrived, size)| *arrived = *size == 0.0);
+        for _ in 0..STEPS {
+            if !arrived.contains(&false) {
+                return;
+            }
+            let queries = Piece { q: directions, ..piece };
+            prepare(simd, &queries, matrix);
+            read(simd, &queries, h, matrix);
+            let rows = x.chunks_exact_mut(n).zip(residuals.chunks_exact_mut(n));
+            let rows = rows.zip(directions.chunks_exact_mut(n)).zip(matrix.reads.chunks_exact_mut(n));
+            for (i, (((x, r), p), product)) in rows.enumerate() {
+                if arrived[i] {
+                    continue;
+                }
+                let mut lanes = [0.0f32; 16];
+                for ((product, p), lambda) in product.chunks_mut(16).zip(p.chunks(16)).zip(lambda.chunks(16))
+                {
+                    let all = lanes.iter_mut().zip(product).zip(p).zip(lambda);
+                    all.for_each(|(((sum, product), p), lambda)| {
+                        *product += lambda * p;
+                        *sum += *product * p;
+                    });
+                }
+                let step = sizes[i] / lanes.iter().sum::<f32>();
+                x.iter_mut().zip(&*p).for_each(|(x, p)| *x += step * p);
+                r.iter_mut().zip(&*product).for_each(|(r, product)| *r -= step * product);
+                let next = size(r);
+                let turn = next / sizes[i];
+                sizes[i] = next;
+                arrived[i] = next <= ARRIVED * first[i];
+                p.iter_mut().zip(&*r).zip(lambda).for_each(|((p, r), lambda)| *p = r / lambda + turn * *p);
+            }
+        }
+    }
+}
+
+/// `x` of the tokens that have not arrived.
+struct Factorise<'a> {
+    o: &'a Options,
+    x: Piece<'a>,
+    state: Vec<f32>,
+    read: &'a mut [f32],
+    arrived: &'a [bool],
+}
+
+impl SimdOp for Factorise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) {
+        let Self { o, x, mut state, read, arrived } = self;
+        let n = o.key_dim;
+        let mut factor = vec![0.0; n * n];
+        for (i, (own, arrived)) in read.chunks_exact_mut(n).zip(arrived).enumerate() {
+            absorb(o, &x, i, &mut state);
+            if !arrived {
+                factorise(o, x.bonus, &state, &mut factor);
+                own.copy_from_slice(&x.q[i * n..][..n]);
+                solve(n, &factor, own);
+            }
+        }
     }
 }
 

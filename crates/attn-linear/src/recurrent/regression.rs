@@ -182,8 +182,9 @@ impl StateVariant for TitansLinear {
 /// o_t = scale G_t^T x_t          (H_t + diag(lambda)) x_t = q_t
 /// ```
 ///
-/// The solve is exact (Cholesky): `head_dim^3 / 6` multiply-adds a token. Extra inputs: `beta`, `log_decay [batch, heads,
-/// tokens]`, `lambda [heads, head_dim]`, above 0. Token by token.
+/// The solve is by conjugate gradients to the precision of f32, for all tokens of a chunk together; by Cholesky where these do
+/// not arrive, and for gradients. Extra inputs: `beta`, `log_decay [batch, heads,
+/// tokens]`, `lambda [heads, head_dim]`, above 0.
 ///
 /// Source: von Oswald et al. 2025 (MesaNet), equations 4 to 6.
 #[derive(Debug, Clone, Copy, PartialEq)]
