@@ -24,10 +24,16 @@ pub use call::FlashCall;
 pub use candle::{
     flash_attn, flash_attn_alibi, flash_attn_alibi_windowed, flash_attn_alibi_windowed_softcap,
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
-    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_windowed, flash_attn_windowed,
+    flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_paged_windowed, flash_attn_varlen_windowed,
+    flash_attn_windowed,
 };
 pub use engine::HalfProducts;
 pub use flash::Flash;
 pub use naive::Naive;
 pub use registry::registry;
 pub use tiles::TileSizes;
+
+/// The snippets of the book's chapter on candle.
+#[cfg(all(doctest, feature = "candle"))]
+#[doc = include_str!("../../../docs/src/candle.md")]
+struct CandleChapter;

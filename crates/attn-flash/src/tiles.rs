@@ -28,11 +28,16 @@ impl TileSizes {
     }
 
     /// Measured choice: longer query blocks once K and V leave the second-level cache, so that each key block is
-    /// read from memory less often.
+    /// read from memory less often; longer still once they leave the third, if enough blocks are left for many threads.
     pub fn auto(shape: &AttnShape) -> Self {
         let kv_bytes =
             shape.n_kv.saturating_mul(shape.head_dim.saturating_add(shape.head_dim_v)).saturating_mul(4);
-        let block_q = if kv_bytes <= 1 << 19 { 64 } else { 256 };
+        let queries = shape.batch.saturating_mul(shape.n_heads_q).saturating_mul(shape.n_q);
+        let block_q = match kv_bytes {
+            0..=0x8_0000 => 64,
+            0x40_0001.. if queries >= 32 * 512 => 512,
+            _ => 256,
+        };
         Self { block_q, block_kv: 128 }
     }
 

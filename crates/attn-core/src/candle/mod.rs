@@ -10,11 +10,13 @@
 //! backward pass fails in `loss.backward()` with an error that names it; gradients are never dropped silently.
 //!
 //! What a crate adds to the graph itself goes through [`apply_qkv`] (an operation on q, k and v, nothing copied) or
-//! [`apply_packed`] (any number of inputs and outputs); [`with_view`] and [`tensor_from`] read and make tensors.
+//! [`apply_packed`] (any number of inputs and outputs); [`with_view`] and [`tensor_from`] read and make tensors,
+//! [`refuse_gradients`] marks those that have none.
 
 mod op;
 mod order;
 mod packed;
+mod refusal;
 mod storage;
 mod stream;
 
@@ -22,6 +24,7 @@ pub use candle_core;
 pub use op::{QkvOp, apply_qkv};
 pub use order::AxisOrder;
 pub use packed::{NamedView, PackedOp, PackedTensor, apply_packed};
+pub use refusal::refuse_gradients;
 pub use storage::{check_cpu, tensor_from, with_view};
 pub use stream::CandleStream;
 

@@ -1,11 +1,11 @@
-//! Key/value caches on tensors. What comes out carries no gradients: it is for decoding.
+//! Key/value caches on tensors, for decoding: a backward pass through what comes out is an error.
 
 use crate::FlashCall;
 use crate::cache::{BlockTable, KvCache, PagedKvCache, SequenceId};
 use crate::engine::Problem;
 use attn_core::TensorView;
 use attn_core::candle::candle_core::{Result, Tensor};
-use attn_core::candle::{AxisOrder, tensor_from, with_view};
+use attn_core::candle::{AxisOrder, refuse_gradients, tensor_from, with_view};
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
 
@@ -55,7 +55,8 @@ impl<M: Mask, C: ScoreMod> FlashCall<'_, M, C> {
     /// # Errors
     /// A tensor off the CPU, of another dtype or rank, or with a strided last axis; queries that do not fit the cache.
     pub fn attend_cache_t(&self, q: &Tensor, cache: &KvCache) -> Result<Tensor> {
-        with_view("q", q, AxisOrder::Bhnd, |q| self.attended(cache.problem(q)?))
+        let out = with_view("q", q, AxisOrder::Bhnd, |q| self.attended(cache.problem(q)?))?;
+        refuse_gradients("flash from a cache", out, &[q])
     }
 
     /// [`FlashCall::attend_cache_t`] for the sequences of `table`, one a batch entry of `q`.
@@ -63,7 +64,8 @@ impl<M: Mask, C: ScoreMod> FlashCall<'_, M, C> {
     /// # Errors
     /// As [`FlashCall::attend_cache_t`].
     pub fn attend_pages_t(&self, q: &Tensor, cache: &PagedKvCache, table: &BlockTable) -> Result<Tensor> {
-        with_view("q", q, AxisOrder::Bhnd, |q| self.attended(cache.problem(q, table)?))
+        let out = with_view("q", q, AxisOrder::Bhnd, |q| self.attended(cache.problem(q, table)?))?;
+        refuse_gradients("flash from pages", out, &[q])
     }
 
     fn attended(&self, problem: Problem<'_>) -> Result<Tensor> {

@@ -14,7 +14,7 @@
 //! Sources: Dao et al. 2022, Dao 2023 (FlashAttention); Press et al. 2021 (ALiBi).
 
 use super::kernel::Lengths;
-use super::numbers::integers;
+use super::numbers::prefix_sums;
 use crate::Flash;
 use attn_core::candle::AxisOrder;
 use attn_core::candle::candle_core::{Result, Tensor, bail};
@@ -58,16 +58,9 @@ impl Options<'_> {
         let Packed { seqlens_q, seqlens_k, max_seqlen_q, max_seqlen_k } = packed;
         let names = ["seqlens_q", "seqlens_k"];
         let lengths =
-            Lengths { q: integers(names[0], seqlens_q)?, kv: integers(names[1], seqlens_k)?, names };
-        for (name, sums, most) in
-            [("max_seqlen_q", &lengths.q, max_seqlen_q), ("max_seqlen_k", &lengths.kv, max_seqlen_k)]
-        {
-            // Of sums that decrease the engine has more to say.
-            let longest = sums.windows(2).map(|w| i64::from(w[1]) - i64::from(w[0])).max().unwrap_or(0);
-            if sums.is_sorted() && usize::try_from(longest).is_ok_and(|longest| longest > most) {
-                bail!("{name} is {most}, expected at least {longest}, the longest sequence");
-            }
-        }
+            Lengths { q: prefix_sums(names[0], seqlens_q)?, kv: prefix_sums(names[1], seqlens_k)?, names };
+        check_longest("max_seqlen_q", &lengths.q, max_seqlen_q)?;
+        check_longest("max_seqlen_k", &lengths.kv, max_seqlen_k)?;
         self.run([q, k, v], max_seqlen_k, Some(lengths))
     }
 }
@@ -78,6 +71,15 @@ struct Packed<'a> {
     seqlens_k: &'a Tensor,
     max_seqlen_q: usize,
     max_seqlen_k: usize,
+}
+
+/// Checks that no sequence is longer than `most`; of sums that decrease the engine has more to say.
+pub(super) fn check_longest(name: &str, sums: &[i32], most: usize) -> Result<()> {
+    let longest = sums.windows(2).map(|w| i64::from(w[1]) - i64::from(w[0])).max().unwrap_or(0);
+    if sums.is_sorted() && usize::try_from(longest).is_ok_and(|longest| longest > most) {
+        bail!("{name} is {most}, expected at least {longest}, the longest sequence");
+    }
+    Ok(())
 }
 
 /// Attention of `(batch, length, heads, width)` tensors; `causal` lets a query see no key after its own position.

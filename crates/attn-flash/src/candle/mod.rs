@@ -28,6 +28,7 @@ mod drop_in;
 mod kernel;
 mod numbers;
 mod packed;
+mod paged;
 mod tensors;
 
 pub use drop_in::{
@@ -35,4 +36,5 @@ pub use drop_in::{
     flash_attn_varlen, flash_attn_varlen_alibi, flash_attn_varlen_alibi_windowed,
     flash_attn_varlen_alibi_windowed_softcap, flash_attn_varlen_windowed, flash_attn_windowed,
 };
+pub use paged::flash_attn_varlen_paged_windowed;
 pub use tensors::FlashTensors;

@@ -30,12 +30,21 @@ pub(super) fn as_slice<'a>(storage: &'a Storage, layout: &Layout) -> attn_core::
 /// A vector of whole numbers: prefix sums of lengths.
 ///
 /// # Errors
-/// A tensor off the CPU, not of one axis, not of u32, i32 or i64, or with a number that an i32 does not hold.
-pub(super) fn integers(name: &str, tensor: &Tensor) -> Result<Vec<i32>> {
-    check_cpu(name, tensor.device().location())?;
+/// A tensor of another rank; those of [`integers`].
+pub(super) fn prefix_sums(name: &str, tensor: &Tensor) -> Result<Vec<i32>> {
     if tensor.rank() != 1 {
         candle_core::bail!("{name}'s shape is {:?}, expected (sequences + 1)", tensor.dims());
     }
+    integers(name, tensor)
+}
+
+/// All numbers of a tensor, row-major.
+///
+/// # Errors
+/// A tensor off the CPU, not of u32, i32 or i64, or with a number that an i32 does not hold.
+pub(super) fn integers(name: &str, tensor: &Tensor) -> Result<Vec<i32>> {
+    check_cpu(name, tensor.device().location())?;
+    let tensor = tensor.flatten_all()?;
     let wide: Vec<i64> = match tensor.dtype() {
         DType::U32 => tensor.to_vec1::<u32>()?.into_iter().map(i64::from).collect(),
         DType::I32 => tensor.to_vec1::<i32>()?.into_iter().map(i64::from).collect(),

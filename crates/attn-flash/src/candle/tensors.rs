@@ -1,7 +1,7 @@
 //! A call on tensors, with tensors besides q, k and v.
 
 use super::kernel::{Kernel, Lengths};
-use super::numbers::{floats, integers};
+use super::numbers::{floats, prefix_sums};
 use super::packed::PackedKernel;
 use crate::FlashCall;
 use attn_core::candle::candle_core::{self, Result, Tensor};
@@ -118,8 +118,11 @@ impl<M: Mask + Send + 'static, C: ScoreMod + Send + 'static> FlashTensors<M, C> 
         cu_seqlens_kv: &Tensor,
     ) -> Result<Tensor> {
         let names = ["cu_seqlens_q", "cu_seqlens_kv"];
-        let lengths =
-            Lengths { q: integers(names[0], cu_seqlens_q)?, kv: integers(names[1], cu_seqlens_kv)?, names };
+        let lengths = Lengths {
+            q: prefix_sums(names[0], cu_seqlens_q)?,
+            kv: prefix_sums(names[1], cu_seqlens_kv)?,
+            names,
+        };
         self.run(AxisOrder::Nhd, Some(lengths), [q, k, v])
     }
 

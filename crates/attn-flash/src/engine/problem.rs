@@ -238,6 +238,11 @@ impl<'a> Problem<'a> {
         matches!((&self.q, &self.k, &self.v), (TensorView::Bf16(_), KvView::Bf16(_), KvView::Bf16(_)))
     }
 
+    /// True if keys and values are stored in one type.
+    pub(super) fn has_one_kv_type(&self) -> bool {
+        std::mem::discriminant(&self.k) == std::mem::discriminant(&self.v)
+    }
+
     /// How many sequences there are.
     pub fn n_sequences(&self) -> usize {
         match self.sequences {

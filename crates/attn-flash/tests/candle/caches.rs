@@ -2,7 +2,7 @@
 
 use crate::naive::{max_difference, random};
 use attn_core::candle::CandleAttention;
-use attn_core::candle::candle_core::{Result, Tensor};
+use attn_core::candle::candle_core::{Result, Tensor, Var};
 use attn_flash::Flash;
 use attn_flash::cache::{CacheKind, CacheShape, KvCache, PagedKvCache};
 
@@ -61,6 +61,20 @@ fn pages_give_what_each_sequence_gives_alone() -> Result<()> {
         let error = max_difference(&got, &Tensor::cat(&want, 0)?)?;
         assert!(error < bound, "{kind:?}: {error}");
     }
+    Ok(())
+}
+
+#[test]
+fn gradients_are_refused_not_dropped() -> Result<()> {
+    let (k, v) = (random((2, 2, 3, 16))?, random((2, 2, 3, 8))?);
+    let q = Var::from_tensor(&random((2, 4, 3, 16))?)?;
+    let mut cache = KvCache::new(SHAPE, CacheKind::F32)?;
+    cache.append_t(&k, &v)?;
+    let error = |out: Tensor| out.sum_all().unwrap().backward().unwrap_err().to_string();
+    let cached = error(Flash::causal().call().attend_cache_t(&q, &cache)?);
+    assert!(cached.contains("cache"), "{cached}");
+    let streamed = error(Flash::causal().stream_t(&q, &k, &v)?.append_t(&q, &k, &v)?);
+    assert!(streamed.contains("stream"), "{streamed}");
     Ok(())
 }
 

@@ -7,3 +7,4 @@ mod drop_in;
 mod extras;
 mod naive;
 mod operations;
+mod paged;

@@ -206,7 +206,7 @@ impl LaneOp for Plain<'_, '_> {
                 let v_scales = Scales { scales: v_scales, block: v_block, first: v_first };
                 self.rows::<S, _, L>(simd, k, v, Some((k_scales, v_scales)));
             }
-            _ => unreachable!("a problem stores its keys and values in one type"),
+            _ => unreachable!("keys and values of one type run here"),
         }
     }
 }

@@ -99,6 +99,7 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     for_each_chunk(&spans, BLOCK, |ranges| {
         if let [range] = ranges
             && !is_narrow
+            && problem.has_one_kv_type()
             && edges.is_plain(range)
         {
             each_piece(&k_rows, ranges, |at, k| {

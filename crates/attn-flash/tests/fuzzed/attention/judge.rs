@@ -3,6 +3,9 @@
 //! With `S` the largest score that can occur, a score's rounding error is at most about `e = u ((d + 16) |q||k| scale + 16 S)`
 //! with `u = 2^-24`, and a weight's relative error twice that; so `|out - truth| <= (2 e + (64 + n / 4) u) max|v|` plus the
 //! rounding of the storage type.
+//!
+//! Where the CPU multiplies pairs of bf16, weights are rounded to `w = 2^-8` (and a little for their coarser exponential) and
+//! normalised by their own sum: `sum_j p_j e_j (v_j - out)` is at most `2 w max|v|` more. Denormal products are zero there.
 
 use super::call::{Call, Parts};
 use super::tensor::Tensor;
@@ -10,6 +13,7 @@ use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Align, And, Mask, Pair};
 use attn_core::score::{ScoreMod, SoftCap, Then};
 use attn_core::simd::Isa;
+use attn_core::tile::Bf16Dot;
 use attn_core::{DType, Element};
 use attn_flash::Flash;
 use half::f16;
@@ -25,11 +29,12 @@ pub struct Truth {
     /// Absolute errors of outputs and log-sum-exps.
     out_error: f64,
     lse_error: f64,
+    largest_value: f64,
 }
 
 impl Truth {
     pub fn of(call: &Call, parts: &Parts<'_>) -> Self {
-        let unfair = Self { reference: None, out_error: 0.0, lse_error: 0.0 };
+        let unfair = Self { reference: None, out_error: 0.0, lse_error: 0.0, largest_value: 0.0 };
         let shape = call.sequences.seen;
         if shape.rows() == 0 {
             return unfair;
@@ -61,6 +66,7 @@ impl Truth {
             reference: Some(definition(call, parts, &x)),
             out_error: weight_error * v * dropout,
             lse_error: 2.0 * score_error + 64.0 * u,
+            largest_value: v,
         }
     }
 
@@ -74,9 +80,16 @@ impl Truth {
         let shape = call.sequences.seen;
         let dtype = out.dtype();
         let [_, _, n_q, width] = out.layout().shape;
-        let tiny = if dtype == DType::F16 { 2f64.powi(-25) } else { 2f64.powi(-126) };
-        let out_bound = |want: f64| self.out_error + 2.0 * dtype.roundoff() * want.abs() + tiny;
-        let lse_bound = |want: f64| self.lse_error + 4.0 * DType::F32.roundoff() * want.abs();
+        let native = isa == Isa::Avx512 && dtype == DType::Bf16 && Bf16Dot::detect().is_some();
+        let weights = if native { 1.05 * DType::Bf16.roundoff() } else { 0.0 };
+        let tiny = match dtype {
+            DType::F16 => 2f64.powi(-25),
+            DType::Bf16 => 2f64.powi(-100),
+            DType::F32 => 2f64.powi(-126),
+        };
+        let out_error = self.out_error + 2.0 * weights * self.largest_value;
+        let out_bound = |want: f64| out_error + 2.0 * dtype.roundoff() * want.abs() + tiny;
+        let lse_bound = |want: f64| self.lse_error + weights + 4.0 * DType::F32.roundoff() * want.abs();
         for s in 0..shape.batch {
             let (batch, rows, _) = call.sequences.ranges(s);
             for head in 0..shape.n_heads_q {
