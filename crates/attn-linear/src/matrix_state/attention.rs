@@ -160,7 +160,7 @@ impl<V: StateVariant> StateAttention<V> {
             let of_memory = initial.initial_parts(&sizes, &grads.memory)?;
             for (name, grad) in grads.inputs.0.into_iter().chain(of_memory.0) {
                 let Some(given) = tensors.get(&name) else { continue };
-                if given.shape.iter().product::<usize>() != grad.shape.iter().product() {
+                if given.shape.iter().product::<usize>() != grad.shape.iter().product::<usize>() {
                     let what =
                         format!("the gradient of `{name}` given for every token: it is one of the heads");
                     return Err(AttnError::unsupported(V::NAME, what));
