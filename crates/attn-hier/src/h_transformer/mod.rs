@@ -34,8 +34,8 @@ use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
     SoftmaxAttention, Target, check_lse, softmax_flops, softmax_scale_or_default,
 };
-use attn_flash::TileSizes;
 use attn_flash::engine::{Spec, attend};
+use attn_flash::{HalfProducts, TileSizes};
 use blocks::{FarBlocks, NearBlocks, coarse_levels};
 
 /// Children of a coarse node.
@@ -187,7 +187,9 @@ impl HTransformer {
 }
 
 fn spec<'a, M: Mask>(softmax_scale: f32, mask: &'a M, key_bias: Option<&'a [f32]>) -> Spec<'a, M, Unchanged> {
-    Spec { key_bias, ..Spec::new(softmax_scale, mask, &Unchanged) }
+    // Levels are merged by their log-sum-exps, which products of bf16 pairs would blur.
+    let half_products = HalfProducts::Widen;
+    Spec { key_bias, half_products, ..Spec::new(softmax_scale, mask, &Unchanged) }
 }
 
 impl Attention for HTransformer {

@@ -8,6 +8,8 @@ use attn_core::Family;
 use attn_testkit::golden::{GoldenCase, Plan, exact};
 use serde_json::Value;
 
+mod linear;
+
 /// What becomes of one option of a file.
 #[derive(Debug, Clone, Copy)]
 enum Rule {
@@ -21,8 +23,16 @@ enum Rule {
     ScaledKeys,
     /// Decays: a tensor, or a rule that ours knows by another name.
     Decays,
-    /// A remark on what the tensors already say.
-    Remark,
+    /// That it is there says that our option has this value.
+    Given(&'static str, &'static str),
+    /// A formula for raw gates: softplus, or a sigmoid above a lower bound.
+    Gate,
+    /// Without a gate it is this variant of ours.
+    Gated(&'static str),
+    /// A performer's kernel; exponentials are taken below the largest key.
+    Kernel,
+    /// A segment's length; the case's name says whether the memory follows the delta rule.
+    Segment,
 }
 
 /// A row of the table.
@@ -30,9 +40,20 @@ struct Row {
     family: Family,
     variant: &'static str,
     ours: &'static str,
+    /// Options of ours that the files take for granted.
+    set: &'static [(&'static str, &'static str)],
     options: &'static [(&'static str, Rule)],
-    /// Input tensors besides q, k and v: theirs and ours; an empty name drops one that repeats another.
+    /// Options that say what the tensors already say, or what our variant always does.
+    remarks: &'static [&'static str],
+    /// Input tensors that are called something else here, theirs and ours; an empty name drops one that repeats another.
+    /// Outside the linear family, all that are taken besides q, k and v.
     inputs: &'static [(&'static str, &'static str)],
+}
+
+impl Row {
+    fn knows(&self, key: &str) -> bool {
+        self.options.iter().any(|(theirs, _)| *theirs == key) || self.remarks.contains(&key)
+    }
 }
 
 const TABLE: &[Row] = &[
@@ -40,6 +61,8 @@ const TABLE: &[Row] = &[
         family: Family::Sparse,
         variant: "sliding-window-causal",
         ours: "sliding-window",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::As("causal")),
             ("window", Rule::As("window")),
@@ -51,6 +74,8 @@ const TABLE: &[Row] = &[
         family: Family::Sparse,
         variant: "sliding-window-bidirectional",
         ours: "sliding-window",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::As("causal")),
             ("window_left", Rule::As("window_left")),
@@ -63,6 +88,8 @@ const TABLE: &[Row] = &[
         family: Family::Sparse,
         variant: "streaming-sinks",
         ours: "sink-window",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::Only("true")),
             ("sinks", Rule::As("n_sinks")),
@@ -75,6 +102,8 @@ const TABLE: &[Row] = &[
         family: Family::Sparse,
         variant: "chunked-causal",
         ours: "chunked-causal",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::Only("true")),
             ("chunk", Rule::As("chunk_len")),
@@ -86,6 +115,8 @@ const TABLE: &[Row] = &[
         family: Family::Linear,
         variant: "linear",
         ours: "linear",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::As("causal")),
             ("scale", Rule::As("scale")),
@@ -98,6 +129,8 @@ const TABLE: &[Row] = &[
         family: Family::Linear,
         variant: "linear-elu",
         ours: "linear-elu",
+        set: &[],
+        remarks: &[],
         options: &[
             ("causal", Rule::As("causal")),
             ("scale", Rule::As("scale")),
@@ -111,13 +144,14 @@ const TABLE: &[Row] = &[
         family: Family::Linear,
         variant: "retnet",
         ours: "retnet",
+        set: &[],
+        // The reference computed it in another form than ours, which has to agree.
+        remarks: &["parallel_form"],
         options: &[
             ("scale", Rule::As("scale")),
             ("scale_on", Rule::ScaledKeys),
             ("gamma", Rule::Decays),
             ("xpos", Rule::Only("false")),
-            // The reference computed it in another form than ours, which has to agree.
-            ("parallel_form", Rule::Remark),
         ],
         inputs: &[("s0", "initial_state"), ("log_gamma", "log_decay")],
     },
@@ -125,12 +159,13 @@ const TABLE: &[Row] = &[
         family: Family::Hier,
         variant: "h-transformer-1d",
         ours: "h-transformer-1d",
+        set: &[],
+        // The number of levels follows from the length and the block.
+        remarks: &["levels"],
         options: &[
             ("causal", Rule::As("causal")),
             ("block", Rule::As("block_size")),
             ("coarsening_ratio", Rule::Only("2")),
-            // The number of levels follows from the length and the block.
-            ("levels", Rule::Remark),
             ("scale", Rule::Only("d**-0.5")),
         ],
         inputs: &[],
@@ -145,20 +180,31 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
     if case.family == Family::Exact {
         return exact::plan(case);
     }
-    let row = TABLE.iter().find(|row| row.family == case.family && row.variant == case.variant);
+    let row = TABLE
+        .iter()
+        .chain(linear::TABLE)
+        .find(|row| row.family == case.family && row.variant == case.variant);
     let row = row.ok_or_else(|| format!("no {} variant of ours computes `{}`", case.family, case.variant))?;
     let mut plan = Plan::new(row.ours);
     for (name, tensor) in &case.inputs.0 {
         let ours = match (name.as_str(), row.inputs.iter().find(|(theirs, _)| theirs == name)) {
-            ("q" | "k" | "v", _) => name,
             (_, Some((_, ours))) => *ours,
+            ("q" | "k" | "v", _) => name,
+            // A tensor that the variant does not know is an error when it runs.
+            (_, None) if row.family == Family::Linear => name,
             (_, None) => return Err(format!("{} does not take a tensor `{name}` here", row.ours)),
         };
         if !ours.is_empty() {
             plan.give(name, ours, tensor.clone());
         }
     }
-    if let Some(key) = case.options.keys().find(|key| row.options.iter().all(|(theirs, _)| theirs != key)) {
+    for (theirs, ours) in row.inputs.iter().filter(|(theirs, ours)| theirs != ours) {
+        plan.renamed.insert(theirs.to_string(), ours.to_string());
+    }
+    for (key, value) in row.set {
+        plan.set(key, value);
+    }
+    if let Some(key) = case.options.keys().find(|key| !row.knows(key)) {
         return Err(format!("{} has nothing like the option `{key}`", row.ours));
     }
     // In the table's order, since a later rule may build on an earlier one.
@@ -173,7 +219,6 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
 fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Plan) -> Result<(), String> {
     let text = plain(value);
     match rule {
-        Rule::Remark => {}
         Rule::As(_) if value.is_null() => {}
         Rule::As(ours) => plan.set(ours, text),
         Rule::Only(one) if text == one => {}
@@ -198,6 +243,19 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
                 _ => return Err(format!("`{key}` is {text}, expected the keys")),
             }
             plan.set("scale", 1);
+        }
+        Rule::Given(ours, value) => plan.set(ours, value),
+        Rule::Gate if text.starts_with("g = -5") => plan.set("gate", "lower-bound"),
+        Rule::Gate => {}
+        Rule::Gated(without) if text == "false" => plan.ours = without,
+        Rule::Gated(_) => {}
+        Rule::Kernel => {
+            plan.set("key_max", text == "softmax");
+            plan.set("kernel", text);
+        }
+        Rule::Segment => {
+            plan.set("segment", text);
+            plan.set("delta", case.case.starts_with("delta"));
         }
         Rule::Decays => match (plan.inputs.get("log_decay"), text.as_str()) {
             (Some(_), _) => {}
