@@ -9,6 +9,7 @@
 //! | [`widen`] | bf16, f16 or f32 rows into f32, a number at a time |
 //! | [`read_rows`] | bf16, f16, int8 or f32 rows into f32, in vectors |
 //! | [`Stored`] | four vectors of any storage type, in registers |
+//! | [`prefetch`] | asks for memory ahead of time |
 //! | [`all_finite`] | whether no number is NaN or infinite |
 //!
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
@@ -17,6 +18,7 @@
 mod convert;
 mod dot_bf16;
 mod exp;
+mod prefetch;
 mod product;
 mod transpose;
 
@@ -24,6 +26,7 @@ pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use exp::exp2;
 
+pub use prefetch::prefetch;
 pub use product::{Lhs, Rhs, Start, TileMut, product};
 pub use transpose::{all_finite, transpose, widen};
 

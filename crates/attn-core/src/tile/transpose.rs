@@ -28,29 +28,27 @@ pub fn transpose<S: Simd, E: Element>(
     let mut i = 0;
     while i + 4 <= n {
         let four = [rows.row(i), rows.row(i + 1), rows.row(i + 2), rows.row(i + 3)];
-        let mut c = 0;
-        while c + 4 <= width {
-            let load = |row: &[E]| {
-                // One bounds check for the four: indexed lane by lane this takes seven times as long.
-                let four = row[c..c + 4].iter();
-                let mut wide = [0.0; 4];
-                wide.iter_mut().zip(four).for_each(|(w, x)| *w = x.load());
-                f32x4::from_slice(simd, &wide)
-            };
-            let [a, b, x, y] = four.map(load);
+        let quads = four.map(
+            #[inline(always)]
+            |row| row.chunks_exact(4),
+        );
+        let [qa, qb, qx, qy] = quads;
+        let columns = out.chunks_exact_mut(4 * out_stride);
+        for ((((a, b), x), y), columns) in qa.zip(qb).zip(qx).zip(qy).zip(columns) {
+            let (a, b, x, y) = (load(simd, a), load(simd, b), load(simd, x), load(simd, y));
             let (low_ax, high_ax) = (a.zip_low(x), a.zip_high(x));
             let (low_by, high_by) = (b.zip_low(y), b.zip_high(y));
-            let columns = [
+            let turned = [
                 low_ax.zip_low(low_by),
                 low_ax.zip_high(low_by),
                 high_ax.zip_low(high_by),
                 high_ax.zip_high(high_by),
             ];
-            for (step, column) in columns.into_iter().enumerate() {
-                (column * factor).store_slice(&mut out[(c + step) * out_stride + i..][..4]);
+            for (column, to) in turned.into_iter().zip(columns.chunks_exact_mut(out_stride)) {
+                (column * factor).store_slice(&mut to[i..i + 4]);
             }
-            c += 4;
         }
+        let c = width / 4 * 4;
         for c in c..width {
             for (lane, row) in four.iter().enumerate() {
                 out[c * out_stride + i + lane] = scale * row[c].load();
@@ -66,6 +64,14 @@ pub fn transpose<S: Simd, E: Element>(
     for c in 0..width {
         out[c * out_stride + n..(c + 1) * out_stride].fill(0.0);
     }
+}
+
+/// Four numbers.
+#[inline(always)]
+fn load<S: Simd, E: Element>(simd: S, four: &[E]) -> f32x4<S> {
+    let mut wide = [0.0; 4];
+    wide.iter_mut().zip(four).for_each(|(w, x)| *w = x.load());
+    f32x4::from_slice(simd, &wide)
 }
 
 /// Copies rows into `out [len, width]`, widened to f32.

@@ -155,6 +155,19 @@ impl<'a, E: Element> ViewMut<'a, E> {
         ViewMut { data: &mut *self.data, shape: self.shape, strides: self.strides }
     }
 
+    /// Its numbers, if they lie row-major one behind the other.
+    ///
+    /// # Errors
+    /// The view itself, if they do not.
+    pub fn into_slice(self) -> std::result::Result<&'a mut [E], Self> {
+        let len = self.shape.iter().product();
+        let dense = self.shape.contains(&0)
+            || (0..4).all(|axis| {
+                self.shape[axis] == 1 || self.strides[axis] == contiguous_strides(self.shape)[axis]
+            });
+        if dense { Ok(&mut self.data[..len]) } else { Err(self) }
+    }
+
     /// Cuts the view into disjoint blocks of at most `block` rows of one head each, ready to be written by
     /// different threads. Order: batch, head, row.
     pub fn into_blocks(self, block: usize) -> impl Iterator<Item = BlockMut<'a, E>> {
@@ -233,6 +246,19 @@ mod tests {
         assert!(View::new("k", &data, [3, 2, 3, 4], [usize::MAX, 12, 4, 1]).is_err(), "overflow");
         let wraps = View::contiguous("k", &data, [1 << 62, 4, 6, 4]).unwrap_err().to_string();
         assert!(wraps.contains("too many elements"), "{wraps}");
+    }
+
+    #[test]
+    fn a_dense_output_is_a_slice() {
+        let mut data = [0f32; 64];
+        let dense = ViewMut::contiguous("out", &mut data, [1, 2, 4, 8]).unwrap();
+        assert_eq!(dense.into_slice().map(|x| x.len()).ok(), Some(64));
+        let part = ViewMut::new("out", &mut data, [1, 1, 4, 8], [7, 7, 8, 1]).unwrap();
+        assert_eq!(part.into_slice().map(|x| x.len()).ok(), Some(32));
+        let strided = ViewMut::new("out", &mut data, [1, 2, 4, 8], [64, 8, 16, 1]).unwrap();
+        assert_eq!(strided.into_slice().map_err(|view| view.shape()), Err([1, 2, 4, 8]));
+        let none = ViewMut::new("out", &mut data, [1, 2, 0, 8], [64, 8, 16, 1]).unwrap();
+        assert_eq!(none.into_slice().map(|x| x.len()).ok(), Some(0));
     }
 
     #[test]

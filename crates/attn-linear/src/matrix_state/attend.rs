@@ -18,12 +18,19 @@
 //! Sources: Yang et al. 2024 (gated linear attention; the delta rule in chunks), Yang, Kautz, Hatamizadeh 2025 (gated),
 //! Kimi Team 2025 (key-channel decays).
 
-use super::fading::{Fading, weigh};
-use super::lanes::{across, dot, sum};
-use super::scores::{BLOCK, Columns, Readers, Triangle, scores};
+use super::fading::Fading;
+use super::head::Wanted;
+use super::read::read;
+use super::scores::{BLOCK, Columns, Readers, scores};
+use super::solve::solve;
+use super::write::write;
 use super::{Decay, Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, all_finite, product};
+use attn_core::tile::{MAX_LANES, Start};
+
+/// What a chunk does between its products: it asks for memory that is needed later. A burst of such requests would hold up
+/// the loads behind it.
+pub(super) type Ahead<'a> = &'a mut dyn FnMut();
 
 /// A thread's buffers for one chunk.
 pub(super) struct Scratch {
@@ -47,7 +54,9 @@ pub(super) struct Scratch {
     pub(super) reads: Vec<f32>,
     /// `q . z [len]`, and `[writes]` ones to sum keys with.
     pub(super) norms: Vec<f32>,
-    ones: Vec<f32>,
+    pub(super) ones: Vec<f32>,
+    /// Queries and writes that the scores were filled for.
+    filled: [usize; 2],
 }
 
 impl Scratch {
@@ -75,6 +84,7 @@ impl Scratch {
             reads: buffer(true, len * value_dim),
             norms: buffer(options.norm, len),
             ones: vec![1.0; if options.norm { writes } else { 0 }],
+            filled: [len, writes],
         }
     }
 
@@ -103,6 +113,13 @@ pub(super) struct Attend<'a> {
     pub(super) chunk: Piece<'a>,
     pub(super) state: &'a mut [f32],
     pub(super) scratch: &'a mut Scratch,
+    pub(super) wanted: Wanted,
+    pub(super) ahead: Ahead<'a>,
+}
+
+/// How often [`Attend`] calls `ahead` for a chunk of `len` tokens, at least.
+pub(super) fn pauses(o: &Options, len: usize) -> usize {
+    2 * len.div_ceil(BLOCK) + o.key_dim.div_ceil(BLOCK)
 }
 
 impl SimdOp for Attend<'_> {
@@ -110,13 +127,19 @@ impl SimdOp for Attend<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, state, scratch } = self;
-        prepare(simd, &chunk, scratch);
+        let Self { chunk, state, scratch, wanted, ahead } = self;
+        prepare(simd, &chunk, scratch, wanted, ahead);
         if scratch.options.erase != Erase::None {
             solve(simd, &chunk, state, scratch);
         }
-        read(simd, &chunk, state, scratch);
-        write(simd, &chunk, state, scratch);
+        if wanted.reads() {
+            read(simd, &chunk, state, scratch, ahead);
+        }
+        match wanted {
+            Wanted::Reads | Wanted::State => write(simd, &chunk, state, scratch, Start::Keep, ahead),
+            Wanted::Change => write(simd, &chunk, state, scratch, Start::Zero, ahead),
+            Wanted::ReadsAlone => {}
+        }
     }
 }
 
@@ -133,7 +156,7 @@ impl SimdOp for Solve<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, state, scratch } = self;
-        prepare(simd, &chunk, scratch);
+        prepare(simd, &chunk, scratch, Wanted::State, &mut || {});
         solve(simd, &chunk, state, scratch);
     }
 }
@@ -153,15 +176,28 @@ pub(super) fn erase_at(o: &Options, write: usize) -> Option<usize> {
 
 /// Factors and scores.
 #[inline(always)]
-pub(super) fn prepare<S: Simd>(simd: S, chunk: &Piece<'_>, x: &mut Scratch) {
+pub(super) fn prepare<S: Simd>(
+    simd: S,
+    chunk: &Piece<'_>,
+    x: &mut Scratch,
+    wanted: Wanted,
+    ahead: Ahead<'_>,
+) {
     let o = x.options;
     let key_dim = o.key_dim;
     x.fading.set(simd, chunk);
-    if x.fading.key_width > 1 {
+    let reads = wanted.reads();
+    if x.fading.key_width > 1 && reads {
         fade_queries(chunk, x);
     }
-    if (chunk.len == 0 || chunk.writes == 0) && o.erase == Erase::None {
+    if (chunk.len == 0 || chunk.writes == 0 || !reads) && o.erase == Erase::None {
         return;
+    }
+    let filled = [chunk.len, chunk.writes];
+    if x.filled != filled {
+        // Beyond the columns that a block of rows sees, all is zero.
+        [&mut x.qk, &mut x.qb, &mut x.ak, &mut x.ab].into_iter().for_each(|scores| scores.fill(0.0));
+        x.filled = filled;
     }
     x.k.set(simd, chunk.k, &x.fading, &mut x.weighed);
     let queries = Readers {
@@ -171,7 +207,9 @@ pub(super) fn prepare<S: Simd>(simd: S, chunk: &Piece<'_>, x: &mut Scratch) {
         seen: &|i| o.seen(i).min(chunk.writes),
         rows: chunk.len,
     };
-    scores(simd, &queries, &x.k, &mut x.fading, &mut x.qk);
+    if reads {
+        scores(simd, &queries, &x.k, &mut x.fading, &mut x.qk, ahead);
+    }
     if o.read == Read::Pre {
         for i in 0..chunk.len {
             let (q, k) = (&chunk.q[i * key_dim..][..key_dim], &chunk.k[i * key_dim..][..key_dim]);
@@ -190,79 +228,12 @@ pub(super) fn prepare<S: Simd>(simd: S, chunk: &Piece<'_>, x: &mut Scratch) {
         seen: &|w| w,
         rows: chunk.writes,
     };
-    scores(simd, &erasers, &x.k, &mut x.fading, &mut x.ak);
+    scores(simd, &erasers, &x.k, &mut x.fading, &mut x.ak, ahead);
     if o.erase == Erase::Untied {
         x.b.set(simd, chunk.b, &x.fading, &mut x.weighed);
-        scores(simd, &erasers, &x.b, &mut x.fading, &mut x.ab);
-        scores(simd, &queries, &x.b, &mut x.fading, &mut x.qb);
-    }
-}
-
-/// The erase: `U` or `Y` into `solved`.
-#[inline(always)]
-pub(super) fn solve<S: Simd>(simd: S, chunk: &Piece<'_>, state: &[f32], x: &mut Scratch) {
-    let Options { key_dim, value_dim, erase, .. } = x.options;
-    let (writes, stride, tied) = (chunk.writes, x.stride, erase == Erase::Tied);
-    // A strength multiplies what is read, hence the values come after it, row by row.
-    let weak = !chunk.strength.is_empty();
-    if tied && !weak {
-        x.solved[..writes * value_dim].copy_from_slice(chunk.v);
-    }
-    product(
-        simd,
-        [writes, value_dim, key_dim],
-        Lhs { data: &x.a_faded, row_stride: key_dim, col_stride: 1 },
-        Rhs { data: state, stride: value_dim },
-        TileMut { data: &mut x.solved, stride: value_dim },
-        if tied && !weak { Start::Keep } else { Start::Zero },
-    );
-    let own = Triangle { data: &x.ak, stride, seen: &|w| w };
-    if !tied {
-        let finite = all_finite(chunk.v);
-        own.multiply(simd, 0..writes, chunk.v, value_dim, finite, &mut x.solved);
-    }
-    let matrix = Triangle { data: if tied { &x.ak } else { &x.ab }, ..own };
-    for first in (0..writes).step_by(BLOCK) {
-        let rows = BLOCK.min(writes - first);
-        let (before, these) = x.solved.split_at_mut(first * value_dim);
-        product(
-            simd,
-            [rows, value_dim, first],
-            Lhs { data: &matrix.data[first * stride..], row_stride: stride, col_stride: 1 },
-            Rhs { data: before, stride: value_dim },
-            TileMut { data: these, stride: value_dim },
-            Start::Keep,
-        );
-        let p = &matrix.data[first * stride + first..];
-        let own = first * value_dim..(first + rows) * value_dim;
-        let weak = weak.then(|| (&chunk.strength[own.clone()], &chunk.v[own]));
-        substitute(simd, p, stride, [rows, value_dim], weak, these);
-    }
-}
-
-/// `x <- (I - P)^-1 x` for one block of rows; with strengths and values, `x_i <- v_i + strength_i o (x_i + ..)`.
-#[inline(always)]
-fn substitute<S: Simd>(
-    simd: S,
-    p: &[f32],
-    stride: usize,
-    [rows, width]: [usize; 2],
-    weak: Option<(&[f32], &[f32])>,
-    x: &mut [f32],
-) {
-    for i in 0..rows {
-        let (before, row) = x.split_at_mut(i * width);
-        product(
-            simd,
-            [1, width, i],
-            Lhs { data: &p[(i * stride).min(p.len())..], row_stride: stride, col_stride: 1 },
-            Rhs { data: before, stride: width },
-            TileMut { data: row, stride: width },
-            Start::Keep,
-        );
-        if let Some((strength, v)) = weak {
-            let rows = row[..width].iter_mut().zip(&strength[i * width..]).zip(&v[i * width..]);
-            rows.for_each(|((x, strength), v)| *x = v + strength * *x);
+        scores(simd, &erasers, &x.b, &mut x.fading, &mut x.ab, ahead);
+        if reads {
+            scores(simd, &queries, &x.b, &mut x.fading, &mut x.qb, ahead);
         }
     }
 }
@@ -272,176 +243,10 @@ pub(super) fn written<'a>(chunk: &Piece<'a>, solved: &'a [f32], erase: Erase) ->
     if erase == Erase::Tied { &solved[..chunk.v.len()] } else { chunk.v }
 }
 
-/// `reads`.
-#[inline(always)]
-pub(super) fn read<S: Simd>(simd: S, chunk: &Piece<'_>, state: &[f32], x: &mut Scratch) {
-    let o = x.options;
-    let Options { key_dim, value_dim, .. } = o;
-    product(
-        simd,
-        [chunk.len, value_dim, key_dim],
-        Lhs {
-            data: if x.fading.key_width > 1 { &x.q_faded } else { chunk.q },
-            row_stride: key_dim,
-            col_stride: 1,
-        },
-        Rhs { data: state, stride: value_dim },
-        TileMut { data: &mut x.reads, stride: value_dim },
-        Start::Zero,
-    );
-    if x.fading.key_width == 1 {
-        for (i, row) in x.reads.chunks_exact_mut(value_dim).enumerate().take(chunk.len) {
-            let down = read_at(&o, i).map_or(1.0, |at| x.fading.down[at]);
-            row.iter_mut().for_each(|read| *read *= down);
-        }
-    }
-    if o.norm {
-        norms(simd, chunk, &state[o.matrix_len()..], x);
-    }
-    if chunk.writes == 0 {
-        return;
-    }
-    let own = usize::from(o.read == Read::Pre);
-    let seen = |i: usize| (o.seen(i) + own).min(chunk.writes);
-    let qk = Triangle { data: &x.qk, stride: x.stride, seen: &seen };
-    if o.decay == Decay::Value {
-        return fade_values(simd, chunk, &qk, &o, &mut x.fading, &mut x.weighed, &mut x.reads);
-    }
-    let values = written(chunk, &x.solved, o.erase);
-    let finite = all_finite(values);
-    let blocks = (0..chunk.len).step_by(BLOCK).map(|first| first..(first + BLOCK).min(chunk.len));
-    for rows in blocks.clone() {
-        qk.multiply(simd, rows, values, value_dim, finite, &mut x.reads);
-    }
-    if o.erase == Erase::Untied {
-        let finite = all_finite(&x.solved);
-        let qb = Triangle { data: &x.qb, ..qk };
-        for rows in blocks {
-            qb.multiply(simd, rows, &x.solved, value_dim, finite, &mut x.reads);
-        }
-    }
-}
-
-/// `norms = (q o down) z + A 1`.
-#[inline(always)]
-fn norms<S: Simd>(simd: S, chunk: &Piece<'_>, z: &[f32], x: &mut Scratch) {
-    let (o, key_dim) = (x.options, x.options.key_dim);
-    let all = x.fading.key_width > 1;
-    let rows = if all { &x.q_faded[..chunk.len * key_dim] } else { chunk.q };
-    for (i, (q, norm)) in rows.chunks_exact(key_dim).zip(&mut x.norms).enumerate() {
-        let at = read_at(&o, i).filter(|_| x.fading.key_width == 1);
-        let past = across(simd, dot(simd, q, z)) * at.map_or(1.0, |at| x.fading.down[at]);
-        let seen = o.seen(i).min(chunk.writes).next_multiple_of(MAX_LANES);
-        *norm = past + across(simd, sum(simd, &x.qk[i * x.stride..][..seen]));
-    }
-}
-
 /// `q o down`, where every query stands.
 #[inline(always)]
 pub(super) fn fade_queries(chunk: &Piece<'_>, x: &mut Scratch) {
     let (o, key_dim) = (x.options, x.options.key_dim);
     let rows = chunk.q.chunks_exact(key_dim).zip(x.q_faded.chunks_exact_mut(key_dim));
     rows.enumerate().for_each(|(i, (row, out))| x.fading.fade(row, read_at(&o, i), out));
-}
-
-/// What the chunk itself gives where values decay: `reads = down o (reads + A (V o up))`, or pair by pair.
-#[inline(always)]
-fn fade_values<S: Simd>(
-    simd: S,
-    chunk: &Piece<'_>,
-    qk: &Triangle<'_>,
-    o: &Options,
-    fading: &mut Fading,
-    weighed: &mut [f32],
-    reads: &mut [f32],
-) {
-    let width = o.value_dim;
-    let near = (0..chunk.len).take_while(|i| read_at(o, *i).is_none_or(|at| at < fading.near)).count();
-    weigh(chunk.v, width, &fading.up, width, weighed);
-    let weighed = &mut weighed[..chunk.v.len()];
-    let finite = all_finite(weighed);
-    for first in (0..near).step_by(BLOCK) {
-        qk.multiply(simd, first..(first + BLOCK).min(near), weighed, width, finite, reads);
-    }
-    for (i, row) in reads.chunks_exact_mut(width).enumerate().take(chunk.len) {
-        let at = read_at(o, i);
-        if let Some(at) = at {
-            row.iter_mut().zip(&fading.down[at * width..]).for_each(|(x, down)| *x *= down);
-        }
-        if i < near {
-            continue;
-        }
-        let weights = &mut weighed[..width];
-        for j in 0..(qk.seen)(i) {
-            fading.pair_weights(simd, at, j, weights);
-            let (score, v) = (qk.data[i * qk.stride + j], &chunk.v[j * width..]);
-            row.iter_mut().zip(&*weights).zip(v).for_each(|((x, weight), v)| *x += score * weight * v);
-        }
-    }
-}
-
-/// The state after the chunk.
-#[inline(always)]
-pub(super) fn write<S: Simd>(simd: S, chunk: &Piece<'_>, state: &mut [f32], x: &mut Scratch) {
-    let Options { key_dim, value_dim, decay, erase, .. } = x.options;
-    let writes = chunk.writes;
-    if writes == 0 {
-        return;
-    }
-    let (state, z) = state.split_at_mut(x.options.matrix_len());
-    let loss = &x.fading.loss;
-    let rows = state.chunks_exact_mut(value_dim);
-    match decay {
-        Decay::None => {}
-        Decay::Scalar => state.iter_mut().for_each(|s| *s += loss[0] * *s),
-        Decay::Key => rows.zip(loss).for_each(|(row, loss)| row.iter_mut().for_each(|s| *s += loss * *s)),
-        Decay::Value => {
-            rows.for_each(|row| row.iter_mut().zip(loss).for_each(|(s, loss)| *s += loss * *s));
-        }
-    }
-    match (z.is_empty(), decay) {
-        (true, _) | (_, Decay::None | Decay::Value) => {}
-        (_, Decay::Scalar) => z.iter_mut().for_each(|z| *z += loss[0] * *z),
-        (_, Decay::Key) => z.iter_mut().zip(loss).for_each(|(z, loss)| *z += loss * *z),
-    }
-    let mut add = |keys: &[f32], values: &[f32]| {
-        product(
-            simd,
-            [key_dim, value_dim, writes],
-            Lhs { data: keys, row_stride: 1, col_stride: key_dim },
-            Rhs { data: values, stride: value_dim },
-            TileMut { data: &mut *state, stride: value_dim },
-            Start::Keep,
-        );
-    };
-    if decay == Decay::Value {
-        weigh(chunk.v, value_dim, &x.fading.end, value_dim, &mut x.weighed);
-        return add(chunk.k, &x.weighed);
-    }
-    let mut ending = |keys: &[f32], values: &[f32]| {
-        if decay == Decay::None {
-            return add(keys, values);
-        }
-        weigh(keys, key_dim, &x.fading.end, x.fading.width, &mut x.weighed);
-        add(&x.weighed, values);
-    };
-    ending(chunk.k, written(chunk, &x.solved, erase));
-    if erase == Erase::Untied {
-        ending(chunk.b, &x.solved);
-    }
-    if !z.is_empty() {
-        let (weights, keys) = match decay {
-            Decay::None | Decay::Value => (&x.ones, chunk.k),
-            Decay::Scalar => (&x.fading.end, chunk.k),
-            Decay::Key => (&x.ones, &x.weighed[..chunk.k.len()]),
-        };
-        product(
-            simd,
-            [1, key_dim, writes],
-            Lhs { data: weights, row_stride: 0, col_stride: 1 },
-            Rhs { data: keys, stride: key_dim },
-            TileMut { data: z, stride: key_dim },
-            Start::Keep,
-        );
-    }
 }

@@ -1,7 +1,7 @@
 //! A variant of the engine as an [`Attention`], and on typed inputs.
 
 use super::definition::definition;
-use super::gradients::{Gradients, backward};
+use super::gradients::{Gradients, backward, backward_into};
 use super::head::blind;
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
@@ -259,8 +259,19 @@ impl<V: StateVariant> Differentiable for StateAttention<V> {
         check_like("grad_out", grad_out.shape(), grad_out.dtype(), x.q(), width)?;
         grads.check(&x)?;
         saved.get::<()>()?;
-        let all = backward(&self.variant, &inputs::<V>(x)?, None, grad_out, None)?.inputs;
-        for (name, out) in [("q", grads.q), ("k", grads.k), ("v", grads.v)] {
+        let (mut to, mut rest) = ([None, None, None], Vec::new());
+        let grads = [("q", grads.q), ("k", grads.k), ("v", grads.v)];
+        for ((name, out), to) in grads.into_iter().zip(&mut to) {
+            match out {
+                OutMut::F32(out) => match out.into_slice() {
+                    Ok(out) => *to = Some(out),
+                    Err(out) => rest.push((name, OutMut::F32(out))),
+                },
+                out => rest.push((name, out)),
+            }
+        }
+        let all = backward_into(&self.variant, &inputs::<V>(x)?, None, grad_out, None, to)?.inputs;
+        for (name, out) in rest {
             let (_, data) = all.f32(name)?.unwrap_or((&[], &[]));
             store(out, data);
         }

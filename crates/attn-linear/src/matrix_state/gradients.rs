@@ -1,10 +1,12 @@
 //! Gradients of a whole problem: each head a task, its chunks backwards.
 //!
-//! The states at the start of every [`SEGMENT`] chunks are kept, those between them are computed again: memory beyond
-//! the gradients is `key_dim value_dim / (SEGMENT chunk_len)` numbers a token and head.
+//! The memories at the start of every segment of chunks are kept, those between them are computed again, without reads, when
+//! the segment's turn comes. A segment is as long as [`KEPT`] numbers last: up to that the past is computed once.
 
 use super::Chunk;
-use super::head::{HeadRows, Stages, Step, Widened, chunk_len, extra_range, fill, piece, steps};
+use super::head::{
+    HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, fill, piece, steps,
+};
 use super::inputs::{Extra, Inputs, Per, Sizes};
 use super::memory::Memory;
 use super::run::{check_blind, prepare};
@@ -16,8 +18,10 @@ use attn_core::view::Rows;
 use attn_core::{AttnError, DType, Element, Result, TensorView, View};
 use std::ops::Range;
 
-/// Chunks between two states that are kept.
-const SEGMENT: usize = 16;
+/// Numbers of a segment's memories, about.
+const KEPT: usize = 1 << 20;
+/// A segment has at least so many chunks.
+const MIN_SEGMENT: usize = 16;
 
 /// Gradients of a loss with respect to all inputs of a call.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,11 +34,61 @@ pub struct Gradients {
 }
 
 /// The gradients of one head's inputs.
-struct HeadGradients {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    extras: Vec<Vec<f32>>,
+struct HeadGradients<'a> {
+    q: &'a mut [f32],
+    k: &'a mut [f32],
+    v: &'a mut [f32],
+    extras: Vec<&'a mut [f32]>,
+}
+
+/// The gradients of one input of this shape, a share for every output head.
+struct Shares<'a> {
+    shape: [usize; 4],
+    heads: usize,
+    /// `[batch, output heads, length, width]`, unless they are the input's heads and go straight to where they are wanted.
+    data: Vec<f32>,
+    to: Option<&'a mut [f32]>,
+}
+
+impl<'a> Shares<'a> {
+    fn new(shape: [usize; 4], heads: usize, to: Option<&'a mut [f32]>) -> Self {
+        let straight = to.is_some() && shape[1] == heads;
+        let len = if straight { 0 } else { shape[0] * heads * shape[2] * shape[3] };
+        Self { shape, heads, data: vec![0.0; len], to }
+    }
+
+    /// Each output head's; without end, and empty where they have no numbers.
+    fn heads_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let one = (self.shape[2] * self.shape[3]).max(1);
+        let all = match &mut self.to {
+            Some(to) if self.shape[1] == self.heads => &mut **to,
+            _ => &mut self.data,
+        };
+        all.chunks_exact_mut(one).chain(std::iter::repeat_with(Default::default))
+    }
+
+    /// Summed over the output heads that share one of the input's; `None` where they have gone to where they are wanted.
+    fn sum(self) -> Option<Vec<f32>> {
+        let Self { shape: [batch, own, length, width], heads, data, to } = self;
+        let one = length * width;
+        if own == heads || one == 0 {
+            return if to.is_some() { None } else { Some(data) };
+        }
+        let mut summed = if to.is_some() { Vec::new() } else { vec![0.0; batch * own * one] };
+        let given = to.is_some();
+        let all = match to {
+            Some(to) => {
+                to.fill(0.0);
+                to
+            }
+            None => &mut summed,
+        };
+        for (at, share) in data.chunks_exact(one).enumerate() {
+            let head = at / heads * own + at % heads / (heads / own);
+            all[head * one..][..one].iter_mut().zip(share).for_each(|(all, d)| *all += d);
+        }
+        (!given).then_some(summed)
+    }
 }
 
 /// Computes the gradients, given that of the output and, where it matters, that of the memory after the last token.
@@ -44,6 +98,18 @@ pub(super) fn backward(
     memory: Option<&Memory>,
     d_out: TensorView<'_>,
     d_memory: Option<&[f32]>,
+) -> Result<Gradients> {
+    backward_into(variant, x, memory, d_out, d_memory, [None, None, None])
+}
+
+/// [`backward`], with those of q, k and v written to `to` where it is given, and then not told.
+pub(super) fn backward_into(
+    variant: &dyn AnyVariant,
+    x: &Inputs<'_>,
+    memory: Option<&Memory>,
+    d_out: TensorView<'_>,
+    d_memory: Option<&[f32]>,
+    to: [Option<&mut [f32]>; 3],
 ) -> Result<Gradients> {
     let (sizes, plan) = prepare(variant, x)?;
     if !variant.differentiable() {
@@ -68,16 +134,16 @@ pub(super) fn backward(
         d_initial.copy_from_slice(given);
     }
     let call = Call { variant, x, sizes: &sizes, plan: &plan };
-    let heads = match (x.q, d_out) {
-        (TensorView::F32(_), TensorView::F32(d)) => call.run(d, &mut initial, &mut d_initial)?,
-        (TensorView::Bf16(_), TensorView::Bf16(d)) => call.run(d, &mut initial, &mut d_initial)?,
-        (TensorView::F16(_), TensorView::F16(d)) => call.run(d, &mut initial, &mut d_initial)?,
+    let shares = match (x.q, d_out) {
+        (TensorView::F32(_), TensorView::F32(d)) => call.run(d, &mut initial, &mut d_initial, to)?,
+        (TensorView::Bf16(_), TensorView::Bf16(d)) => call.run(d, &mut initial, &mut d_initial, to)?,
+        (TensorView::F16(_), TensorView::F16(d)) => call.run(d, &mut initial, &mut d_initial, to)?,
         (q, d) => {
             let (found, expected) = (d.dtype().to_string(), format!("{} (as in q)", q.dtype()));
             return Err(AttnError::DType { tensor: "grad_out".into(), found, expected });
         }
     };
-    let inputs = call.gather(&heads)?;
+    let inputs = call.gather(shares)?;
     Ok(Gradients { inputs, memory: d_initial })
 }
 
@@ -89,12 +155,13 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn run<E: Element>(
+    fn run<'t, E: Element>(
         &self,
         d_out: View<'_, E>,
         initial: &mut Memory,
         d_initial: &mut [f32],
-    ) -> Result<Vec<HeadGradients>> {
+        to: [Option<&'t mut [f32]>; 3],
+    ) -> Result<Vec<Shares<'t>>> {
         let sizes = self.sizes;
         let typed = |name: &str, view| {
             E::untag(view).ok_or_else(|| AttnError::DType {
@@ -104,24 +171,21 @@ impl Call<'_> {
             })
         };
         let (q, k, v) = (typed("q", self.x.q)?, typed("k", self.x.k)?, typed("v", self.x.v)?);
+        let extras = self.x.extra_shapes().map(|(_, shape)| shape);
+        let shapes = [q.shape(), k.shape(), v.shape()].into_iter().chain(extras);
+        let to = to.into_iter().chain(std::iter::repeat_with(|| None));
+        let mut all: Vec<_> = shapes.zip(to).map(|(shape, to)| Shares::new(shape, sizes.heads, to)).collect();
+        let mut shares: Vec<_> = all.iter_mut().map(Shares::heads_mut).collect();
         let heads = (0..sizes.batch).flat_map(|batch| (0..sizes.heads).map(move |head| (batch, head)));
-        let empty = |(batch, head)| {
-            let extras = self.x.head_extras(sizes.heads, batch, head);
-            let zeros = |rows: usize, width: usize| vec![0.0; rows * width];
-            HeadGradients {
-                q: zeros(sizes.tokens, sizes.head_dim),
-                k: zeros(sizes.keys, sizes.head_dim),
-                v: zeros(sizes.keys, sizes.head_dim_v),
-                extras: extras.iter().map(|(_, rows)| zeros(rows.len(), rows.width())).collect(),
-            }
-        };
-        let mut all: Vec<HeadGradients> = heads.clone().map(empty).collect();
         let memories = initial.heads_mut().zip(d_initial.chunks_exact_mut(self.plan.memory_len()));
-        let tasks = heads.zip(memories).zip(&mut all).map(|(((batch, head), (memory, d_memory)), grads)| {
+        let tasks = heads.zip(memories).map(|((batch, head), (memory, d_memory))| {
             let rows = [&q, &k, &v].map(|view| view.head(batch, head / (sizes.heads / view.shape()[1])));
             let [q, k, v] = rows;
             let extras = self.x.head_extras(sizes.heads, batch, head);
             let rows = HeadRows { q, k, v, head, extras };
+            let mut grads = shares.iter_mut().map(|heads| heads.next().unwrap_or_default());
+            let [q, k, v] = [0; 3].map(|_| grads.next().unwrap_or_default());
+            let grads = HeadGradients { q, k, v, extras: grads.collect() };
             Head { rows, d_out: d_out.head(batch, head), memory, d_memory, grads }
         });
         let tasks: Vec<Head<'_, E>> = tasks.collect();
@@ -133,35 +197,25 @@ impl Call<'_> {
             gained: Chunk::default(),
             d_rows: Vec::new(),
             d_norms: Vec::new(),
+            d_out: Vec::new(),
+            memories: Vec::new(),
         };
         for_each_task(tasks.into_iter(), start, |workspace, head| head.run(self, isa, workspace));
+        drop(shares);
         Ok(all)
     }
 
-    /// Sums the heads' gradients into the shapes of the inputs.
-    fn gather(&self, heads: &[HeadGradients]) -> Result<NamedTensors> {
-        let sizes = self.sizes;
-        let sum = |shape: [usize; 4], part: &dyn Fn(&HeadGradients) -> &[f32]| -> Vec<f32> {
-            let head = shape[2] * shape[3];
-            let mut all = vec![0.0; shape.iter().product()];
-            for (at, grads) in heads.iter().enumerate() {
-                let (batch, h) = (at / sizes.heads, at % sizes.heads);
-                let own = batch * shape[1] + h / (sizes.heads / shape[1]);
-                all[own * head..][..head].iter_mut().zip(part(grads)).for_each(|(all, d)| *all += d);
-            }
-            all
-        };
+    /// The gradients by name.
+    fn gather(&self, shares: Vec<Shares<'_>>) -> Result<NamedTensors> {
         let mut inputs = NamedTensors::default();
         let mut keep = |name: &str, shape: &[usize], data: Vec<f32>| -> Result<()> {
             inputs.0.insert(name.into(), NamedTensor::f32(name, shape, data)?);
             Ok(())
         };
-        let (q, k, v) = (self.x.q.shape(), self.x.k.shape(), self.x.v.shape());
-        keep("q", &q, sum(q, &|grads| &grads.q))?;
-        keep("k", &k, sum(k, &|grads| &grads.k))?;
-        keep("v", &v, sum(v, &|grads| &grads.v))?;
-        for (e, (name, shape)) in self.x.extra_shapes().enumerate() {
-            let data = sum(shape, &|grads| &grads.extras[e]);
+        let extras = self.x.extra_shapes().map(|(name, _)| name);
+        for (name, shares) in ["q", "k", "v"].into_iter().chain(extras).zip(shares) {
+            let shape = shares.shape;
+            let Some(data) = shares.sum() else { continue };
             let per =
                 self.variant.extras().iter().find(|extra: &&Extra| extra.name == name).map(|extra| extra.per);
             if per == Some(Per::Head) {
@@ -190,6 +244,10 @@ struct Workspace<'a> {
     /// Of what a stage reads.
     d_rows: Vec<f32>,
     d_norms: Vec<f32>,
+    /// Of a step's output.
+    d_out: Vec<f32>,
+    /// A segment's, each before its step.
+    memories: Vec<f32>,
 }
 
 /// One head's task.
@@ -198,45 +256,61 @@ struct Head<'a, E> {
     d_out: Rows<'a, E>,
     memory: &'a mut [f32],
     d_memory: &'a mut [f32],
-    grads: &'a mut HeadGradients,
+    grads: HeadGradients<'a>,
 }
 
 impl<'a, E: Element> Head<'a, E> {
     fn run(self, call: &Call<'_>, isa: Isa, w: &mut Workspace<'a>) {
         let Call { variant, sizes, plan, .. } = *call;
-        let len = chunk_len(plan, sizes);
-        let steps: Vec<_> = steps(plan, len, sizes.tokens, sizes.keys).collect();
-        let forward = |step: &Step, memory: &mut [f32], w: &mut Workspace<'a>| {
-            let x = self.rows.tokens(isa, variant, sizes, step, &mut w.wide);
-            w.stages.run(variant, plan, &x, memory);
+        let Self { rows, d_out, memory, d_memory, mut grads } = self;
+        let steps: Vec<_> = steps(plan, chunk_len(plan, sizes), sizes.tokens, sizes.keys).collect();
+        let numbers = memory.len();
+        let cut = |range: &Range<usize>, width: usize| range.start * width..range.end * width;
+        // Where they are wanted anything may stand; each row below belongs to one step.
+        grads.q[cut(&(0..blind(plan, sizes.tokens, sizes.keys)), sizes.head_dim)].fill(0.0);
+        let absorb = |step: &Step, memory: &mut [f32], stages: &mut Stages, wide: &mut Widened<'a>| {
+            let x = rows.tokens(isa, variant, sizes, step, wide);
+            stages.run(variant, plan, &x, memory, Wanted::State, &mut || {});
         };
+        let segment = (KEPT / numbers.max(1)).max(MIN_SEGMENT);
         // Memories at the start of the segments.
+        let all = steps.len();
         let mut kept = Vec::new();
-        for (at, step) in steps.iter().enumerate() {
-            if at % SEGMENT == 0 {
-                kept.push(self.memory.to_vec());
-            }
+        for steps in steps.chunks(segment) {
+            kept.push(memory.to_vec());
             // The last segment's memories are computed once.
-            if at / SEGMENT < (steps.len() - 1) / SEGMENT {
-                forward(step, self.memory, w);
+            if kept.len() * segment < all {
+                steps.iter().for_each(|step| absorb(step, memory, &mut w.stages, &mut w.wide));
             }
         }
-        for (segment, start) in steps.chunks(SEGMENT).zip(kept).rev() {
-            let mut memories = vec![start];
-            for step in &segment[..segment.len() - 1] {
-                let mut memory = memories[memories.len() - 1].clone();
-                forward(step, &mut memory, w);
-                memories.push(memory);
+        for (segment, mut memory) in steps.chunks(segment).zip(kept).rev() {
+            w.memories.resize(segment.len() * numbers, 0.0);
+            for (at, step) in segment.iter().enumerate() {
+                w.memories[at * numbers..][..numbers].copy_from_slice(&memory);
+                if at + 1 < segment.len() {
+                    absorb(step, &mut memory, &mut w.stages, &mut w.wide);
+                }
             }
-            for (step, memory) in segment.iter().zip(&memories).rev() {
-                let Workspace { stages, wide, grads, gained, d_rows, d_norms } = &mut *w;
-                let x = self.rows.tokens(isa, variant, sizes, step, wide);
-                let rows = step.tokens.clone();
-                let d_out: Vec<f32> = rows.flat_map(|i| self.d_out.row(i).iter().map(|d| d.load())).collect();
-                let (d_matrices, d_carry) = self.d_memory.split_at_mut(plan.matrices_len());
-                let HeadGradients { q, k, v, extras } = &mut *self.grads;
-                let cut = |range: &Range<usize>, width: usize| range.start * width..range.end * width;
-                let extras = extras.iter_mut().zip(&self.rows.extras).map(|(grads, (name, rows))| {
+            for (at, step) in segment.iter().enumerate().rev() {
+                let Workspace {
+                    stages,
+                    wide,
+                    grads: chunks,
+                    gained,
+                    d_rows,
+                    d_norms,
+                    d_out: d_step,
+                    memories,
+                } = &mut *w;
+                let memory = &memories[at * numbers..][..numbers];
+                let x = rows.tokens(isa, variant, sizes, step, wide);
+                d_step.clear();
+                for i in step.tokens.clone() {
+                    d_step.extend(d_out.row(i).iter().map(|d| d.load()));
+                }
+                let (d_matrices, d_carry) = d_memory.split_at_mut(plan.matrices_len());
+                let HeadGradients { q, k, v, extras } = &mut grads;
+                let extras = extras.iter_mut().zip(&rows.extras).map(|(grads, (name, rows))| {
                     let range = extra_range(variant.extras(), name, rows.len(), step);
                     (*name, &mut grads[cut(&range, rows.width())])
                 });
@@ -249,8 +323,9 @@ impl<'a, E: Element> Head<'a, E> {
                     notes: Vec::new(),
                     extras: extras.collect(),
                 };
-                let back = Back { call, x: &x, memory, d_out: &d_out };
-                back.run(stages, grads, gained, [d_rows, d_norms], d_matrices, &mut to);
+                let back = Back { call, x: &x, memory, d_out: d_step };
+                [&mut to.q, &mut to.k, &mut to.v].into_iter().for_each(|d| d.fill(0.0));
+                back.run(stages, chunks, gained, [d_rows, d_norms], d_matrices, &mut to);
             }
         }
     }
@@ -286,7 +361,8 @@ impl Back<'_> {
         resized(d_rows, queries * options.value_dim);
         resized(d_norms, if options.norm { queries } else { 0 });
         if last > 0 || variant.finishes() {
-            let (reads, chunk) = stages.run(variant, plan, x, &mut self.memory.to_vec());
+            let (reads, chunk) =
+                stages.run(variant, plan, x, &mut self.memory.to_vec(), Wanted::Reads, &mut || {});
             variant.pull_finish(x, chunk, reads, self.d_out, [d_rows, d_norms], to);
         } else {
             fill(variant, plan, x, &mut self.memory[plan.matrices_len()..].to_vec(), &mut stages.chunks[0]);

@@ -1,11 +1,12 @@
 //! One head, step by step: which tokens and keys go together, and the stages they pass.
 
+use super::attend::Ahead;
 use super::inputs::{Extra, Per, Sizes};
 use super::variant::{AnyVariant, Given, Plan, Reads, Tokens, copy};
 use super::{Chunk, Engine, Options, Piece};
 use attn_core::Element;
 use attn_core::simd::{Isa, Simd, SimdOp};
-use attn_core::tile::widen;
+use attn_core::tile::{prefetch, widen};
 use attn_core::view::Rows;
 use std::ops::Range;
 
@@ -81,6 +82,17 @@ impl Widened<'_> {
 }
 
 impl<'a, E: Element> HeadRows<'a, E> {
+    /// The rows of a step, asked for in so many parts.
+    pub(super) fn ahead(&self, step: &Step, parts: usize) -> Coming<'a, E> {
+        let (tokens, keys) = (step.tokens.clone(), step.keys.clone());
+        let at_once = tokens.len().max(keys.len()).div_ceil(parts.max(1));
+        Coming {
+            rows: [self.q.slice(tokens), self.k.slice(keys.clone()), self.v.slice(keys)],
+            from: 0,
+            at_once,
+        }
+    }
+
     /// The tokens of a step.
     pub(super) fn tokens<'b>(
         &self,
@@ -108,6 +120,30 @@ impl<'a, E: Element> HeadRows<'a, E> {
             isa,
             extras: &to.extras,
         }
+    }
+}
+
+/// Rows that are needed soon, asked for a few at a time.
+pub(super) struct Coming<'a, E> {
+    rows: [Rows<'a, E>; 3],
+    from: usize,
+    at_once: usize,
+}
+
+impl<E: Element> Coming<'_, E> {
+    /// Without those of the queries.
+    pub(super) fn without_queries(mut self) -> Self {
+        self.rows[0] = self.rows[0].slice(0..0);
+        self
+    }
+
+    /// Asks for some more of them.
+    pub(super) fn fetch(&mut self) {
+        for rows in &self.rows {
+            let to = (self.from + self.at_once).min(rows.len());
+            (self.from.min(to)..to).for_each(|i| prefetch(rows.row(i)));
+        }
+        self.from += self.at_once;
     }
 }
 
@@ -143,6 +179,26 @@ fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f32]) -> Row
     }
 }
 
+/// What a run is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// What the tokens read, and the state after them.
+    Reads,
+    /// That state alone: what is told as read is left over from before.
+    State,
+    /// What the tokens read; the state stays as it is.
+    ReadsAlone,
+    /// What the chunk adds to a state, in the state's place; without an erase.
+    Change,
+}
+
+impl Wanted {
+    /// Whether what the tokens read is.
+    pub(super) fn reads(self) -> bool {
+        matches!(self, Self::Reads | Self::ReadsAlone)
+    }
+}
+
 /// A thread's engines, and what they are given.
 pub(super) struct Stages {
     pub(super) engines: Vec<Engine>,
@@ -167,13 +223,15 @@ impl Stages {
         plan.stages.iter().map(|o| Engine::bytes(o, len) + 4 * len * o.value_dim).sum()
     }
 
-    /// Runs a step: `memory` becomes that after it. Gives what the last stage reads, and its chunk.
+    /// Runs a step: `memory` becomes that after it; the last stage calls `ahead`. Gives what the last stage reads, and its chunk.
     pub(super) fn run(
         &mut self,
         variant: &dyn AnyVariant,
         plan: &Plan,
         x: &Tokens<'_>,
         memory: &mut [f32],
+        wanted: Wanted,
+        ahead: Ahead<'_>,
     ) -> (Reads<'_>, &Chunk) {
         let Self { engines, chunks, reads } = self;
         let (mut matrices, carry) = memory.split_at_mut(plan.matrices_len());
@@ -198,7 +256,7 @@ impl Stages {
             }
             let given = if stage == 0 { variant.given() } else { Given::default() };
             let piece = piece_of(&chunks[stage], options, plan.keys_per_token, x, given);
-            return (engines[stage].run(x.isa, piece, matrix), &chunks[stage]);
+            return (engines[stage].run_wanted(x.isa, piece, matrix, wanted, ahead), &chunks[stage]);
         }
         unreachable!("a plan has stages")
     }

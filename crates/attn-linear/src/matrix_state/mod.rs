@@ -34,15 +34,19 @@ mod momentum;
 pub mod naive;
 mod oja;
 mod options;
+mod read;
 mod recurrence;
 mod regression;
 mod run;
 mod scores;
+mod solve;
 mod step;
 #[cfg(test)]
 mod tests;
 mod variant;
 mod weights;
+mod windows;
+mod write;
 
 pub use attention::StateAttention;
 pub use chunk::{Chunk, Piece};
@@ -54,9 +58,10 @@ pub use recurrence::Recurrence;
 pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
-use attend::{Attend, Scratch, Solve};
+use attend::{Ahead, Attend, Scratch, Solve};
 use attn_core::simd::Isa;
 use backward::{BackScratch, Backward};
+use head::Wanted;
 use momentum::Momentum;
 use oja::Oja;
 use regression::Regression;
@@ -108,6 +113,19 @@ impl Engine {
     /// # Panics
     /// If `chunk` or `state` have not the sizes that the options give them, or the chunk is longer than the engine's.
     pub fn run(&mut self, isa: Isa, chunk: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
+        self.run_wanted(isa, chunk, state, Wanted::Reads, &mut || {})
+    }
+
+    /// [`Engine::run`] for what is wanted. Where there are products it calls `ahead` between them, with reads at least
+    /// [`attend::pauses`] times.
+    fn run_wanted(
+        &mut self,
+        isa: Isa,
+        chunk: Piece<'_>,
+        state: &mut [f32],
+        wanted: Wanted,
+        ahead: Ahead<'_>,
+    ) -> Reads<'_> {
         let o = self.scratch.options;
         assert_eq!(state.len(), o.state_len(), "state");
         let scratch = &mut self.scratch;
@@ -119,13 +137,22 @@ impl Engine {
                 let reads = &mut scratch.reads[..reads];
                 isa.run(momentum::Forward { o: &o, chunk, state, reads, scratch: momentum });
             }
-            Other::None if chunk.len <= RECURRENT_LEN && chunk.writes == chunk.len * o.writes => {
+            Other::None
+                if matches!(wanted, Wanted::Reads | Wanted::State)
+                    && chunk.len <= RECURRENT_LEN
+                    && chunk.writes == chunk.len * o.writes =>
+            {
                 isa.run(Steps { chunk, state, scratch });
             }
-            Other::None => isa.run(Attend { chunk, state, scratch }),
+            Other::None => isa.run(Attend { chunk, state, scratch, wanted, ahead }),
         }
         let norms = if o.norm { &self.scratch.norms[..chunk.len] } else { &[] };
         Reads { rows: &self.scratch.reads[..reads], norms, scale: o.scale }
+    }
+
+    /// What the last chunk's decays lose, [`Options::decay_width`] numbers.
+    fn loss(&self) -> &[f32] {
+        &self.scratch.fading.loss
     }
 
     /// What a tied erase writes, `U [writes, value_dim]`, from a state that stays as it is.

@@ -13,7 +13,9 @@
 //!
 //! so that `x` reads `G` and `y` reads `H` as queries of a sum of writes do, whose gradients those of the state are.
 
-use super::attend::{Scratch, prepare, read};
+use super::attend::{Scratch, prepare};
+use super::head::Wanted;
+use super::read::read;
 use super::recurrence::{absorb, factorise, solve};
 use super::{Chunk, Engine, Options, Piece, Reads};
 use attn_core::simd::{Isa, Simd, SimdOp};
@@ -178,8 +180,8 @@ impl SimdOp for Descend<'_> {
                 return;
             }
             let queries = Piece { q: directions, ..piece };
-            prepare(simd, &queries, matrix);
-            read(simd, &queries, h, matrix);
+            prepare(simd, &queries, matrix, Wanted::Reads, &mut || {});
+            read(simd, &queries, h, matrix, &mut || {});
             let rows = x.chunks_exact_mut(n).zip(residuals.chunks_exact_mut(n));
             let rows = rows.zip(directions.chunks_exact_mut(n)).zip(matrix.reads.chunks_exact_mut(n));
             for (i, (((x, r), p), product)) in rows.enumerate() {

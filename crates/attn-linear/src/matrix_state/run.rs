@@ -1,11 +1,15 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
-use super::head::{HeadRows, Stages, Step, Widened, blind, chunk_len, extra_range, steps};
+use super::attend::pauses;
+use super::head::{HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
-use super::variant::{AnyVariant, Plan, Reads};
+use super::variant::{AnyVariant, Plan, Reads, Tokens};
+use super::windows::{self, GROUP, Pool, Windows};
+use super::{Chunk, RECURRENT_LEN};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
+use attn_core::tile::prefetch;
 use attn_core::view::RowsMut;
 use attn_core::{AttnError, DType, Element, OutMut, Result, ViewMut};
 use std::ops::Range;
@@ -93,13 +97,13 @@ pub(super) fn forward(
     }
 }
 
-struct Call<'a> {
-    variant: &'a dyn AnyVariant,
+pub(super) struct Call<'a> {
+    pub(super) variant: &'a dyn AnyVariant,
     x: &'a Inputs<'a>,
-    sizes: &'a Sizes,
+    pub(super) sizes: &'a Sizes,
     /// The memory's.
     packed: &'a Sizes,
-    plan: &'a Plan,
+    pub(super) plan: &'a Plan,
     /// Tokens of the sequences.
     cuts: &'a [Range<usize>],
 }
@@ -127,7 +131,10 @@ impl Call<'_> {
         let n = self.cuts.len();
         let mut memories: Vec<_> = memory.heads_mut().map(Some).collect();
         // An output without rows has no blocks, yet keys change the memory.
-        let mut blocks = out.into_cuts(self.cuts.to_vec());
+        let alone = self.alone();
+        let pieces = if alone.is_empty() { self.cuts.to_vec() } else { self.groups(&alone) };
+        let outs = pieces.len() / n;
+        let mut blocks = out.into_cuts(pieces);
         let tasks = (0..sizes.batch * sizes.heads * n).map(|at| {
             let (batch, head, sequence) = (at / n / sizes.heads, at / n % sizes.heads, at % n);
             let tokens = self.cuts[sequence].clone();
@@ -143,12 +150,17 @@ impl Call<'_> {
             let [q, k, v] = rows;
             let rows =
                 HeadRows { q: q.slice(tokens), k: k.slice(keys.clone()), v: v.slice(keys), head, extras };
-            Head { rows, memory, out: blocks.next().map(|block| block.out) }
+            Head { rows, memory, outs: blocks.by_ref().take(outs).map(|block| block.out).collect() }
         });
         let tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
-        let start = || Workspace::new(plan, sizes, E::DTYPE);
-        if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
+        let start = || self.workspace(E::DTYPE);
+        if !alone.is_empty() {
+            let workspaces = Pool::new();
+            for task in tasks {
+                task.run_windows(self, isa, &alone, &workspaces);
+            }
+        } else if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
             let mut workspace = start();
             tasks.into_iter().for_each(|task| task.run(self, isa, &mut workspace));
         } else {
@@ -158,11 +170,47 @@ impl Call<'_> {
     }
 }
 
+impl Call<'_> {
+    /// The steps of every head, if they are to be done at the same time; else none.
+    fn alone(&self) -> Vec<Step> {
+        let Self { sizes, plan, .. } = *self;
+        let len = chunk_len(plan, sizes);
+        let (heads, threads) = (sizes.batch * sizes.heads, rayon::current_num_threads());
+        let pay = windows::pay(heads, sizes.tokens / len, threads);
+        let fit = windows::fit(plan) && self.cuts.len() == 1 && blind(plan, sizes.tokens, sizes.keys) == 0;
+        if !(pay && fit) || len <= RECURRENT_LEN {
+            return Vec::new();
+        }
+        steps(plan, len, sizes.tokens, sizes.keys).collect()
+    }
+
+    /// The tokens of groups of steps, and those of a last step that is too short for products.
+    fn groups(&self, alone: &[Step]) -> Vec<Range<usize>> {
+        let (long, short) = long(alone);
+        long.chunks(GROUP)
+            .chain(short.chunks(1))
+            .map(|steps| steps[0].tokens.start..steps[steps.len() - 1].tokens.end)
+            .collect()
+    }
+
+    pub(super) fn workspace<'w>(&self, dtype: DType) -> Workspace<'w> {
+        Workspace::new(self.plan, self.sizes, dtype)
+    }
+}
+
+/// The steps that are done by products, and the last one if it is not.
+fn long(steps: &[Step]) -> (&[Step], &[Step]) {
+    let short = steps.last().is_some_and(|last| last.tokens.len() <= RECURRENT_LEN);
+    steps.split_at(steps.len() - usize::from(short))
+}
+
 /// A thread's buffers.
 pub(super) struct Workspace<'a> {
-    stages: Stages,
-    wide: Widened<'a>,
-    out: Vec<f32>,
+    pub(super) stages: Stages,
+    pub(super) wide: Widened<'a>,
+    pub(super) out: Vec<f32>,
+    /// A state, where chunks are done at the same time.
+    pub(super) state: Vec<f32>,
 }
 
 impl Workspace<'_> {
@@ -171,6 +219,7 @@ impl Workspace<'_> {
             stages: Stages::new(plan, sizes),
             wide: Widened::new(plan, sizes, dtype != DType::F32),
             out: vec![0.0; chunk_len(plan, sizes) * sizes.head_dim_v],
+            state: Vec::new(),
         }
     }
 
@@ -188,30 +237,75 @@ impl Workspace<'_> {
 struct Head<'a, E> {
     rows: HeadRows<'a, E>,
     memory: &'a mut [f32],
-    /// `None` without rows.
-    out: Option<RowsMut<'a, E>>,
+    /// The whole output, or its groups of steps; none without rows.
+    outs: Vec<RowsMut<'a, E>>,
 }
 
 impl<'a, E: Element> Head<'a, E> {
     fn run(self, call: &Call<'_>, isa: Isa, w: &mut Workspace<'a>) {
-        let Self { rows, memory, mut out } = self;
+        let Self { rows, memory, outs } = self;
         let Call { variant, sizes, plan, .. } = *call;
+        let mut out = outs.into_iter().next();
         let (tokens, keys) = (rows.q.len(), rows.k.len());
         if let Some(out) = &mut out {
             (0..blind(plan, tokens, keys)).for_each(|i| out.row_mut(i).fill(E::ZERO));
         }
-        for step in steps(plan, chunk_len(plan, sizes), tokens, keys) {
+        let len = chunk_len(plan, sizes);
+        let parts = plan.stages.last().map_or(1, |o| pauses(o, len));
+        let mut steps = steps(plan, len, tokens, keys).peekable();
+        while let Some(step) = steps.next() {
             let x = rows.tokens(isa, variant, sizes, &step, &mut w.wide);
-            let (mut reads, chunk) = w.stages.run(variant, plan, &x, memory);
-            let Some(out) = out.as_mut().filter(|_| !step.tokens.is_empty()) else { continue };
-            if variant.finishes() {
-                let done = &mut w.out[..step.tokens.len() * sizes.head_dim_v];
-                variant.finish(&x, chunk, reads, done);
-                reads = Reads { rows: done, norms: &[], scale: 1.0 };
+            let mut next = steps.peek().map(|next| rows.ahead(next, parts));
+            let mut these = step.tokens.clone();
+            let mut ahead = || {
+                if let Some(next) = &mut next {
+                    next.fetch();
+                }
+                if let Some(out) = &mut out {
+                    these.by_ref().take(len.div_ceil(parts)).for_each(|i| prefetch(out.row_mut(i)));
+                }
+            };
+            let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, &mut ahead);
+            if let Some(out) = out.as_mut().filter(|_| !step.tokens.is_empty()) {
+                store(call, isa, &x, chunk, reads, &mut w.out, step.tokens, out);
             }
-            isa.run(Store { reads, rows: step.tokens, out });
         }
     }
+
+    /// The steps `alone` at the same time.
+    fn run_windows(self, call: &Call<'_>, isa: Isa, alone: &[Step], workspaces: &Pool<Workspace<'a>>) {
+        let Self { rows, memory, outs } = self;
+        let (long, short) = long(alone);
+        let mut outs = outs.into_iter();
+        let groups = outs.by_ref().take(long.len().div_ceil(GROUP)).collect();
+        Windows { call, rows: &rows, steps: long, outs: groups, state: memory, workspaces }.run(isa);
+        for (step, mut out) in short.iter().zip(outs) {
+            let mut w = call.workspace(E::DTYPE);
+            let x = rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
+            let (reads, chunk) = w.stages.run(call.variant, call.plan, &x, memory, Wanted::Reads, &mut || {});
+            store(call, isa, &x, chunk, reads, &mut w.out, 0..step.tokens.len(), &mut out);
+        }
+    }
+}
+
+/// Stores what the tokens of a step have read, behind the back end, to these rows of the output.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn store<E: Element>(
+    call: &Call<'_>,
+    isa: Isa,
+    x: &Tokens<'_>,
+    chunk: &Chunk,
+    reads: Reads<'_>,
+    finished: &mut [f32],
+    rows: Range<usize>,
+    out: &mut RowsMut<'_, E>,
+) {
+    if !call.variant.finishes() {
+        return isa.run(Store { reads, rows, out });
+    }
+    let done = &mut finished[..rows.len() * call.sizes.head_dim_v];
+    call.variant.finish(x, chunk, reads, done);
+    isa.run(Store { reads: Reads { rows: done, norms: &[], scale: 1.0 }, rows, out });
 }
 
 /// Scales, rounds and stores what some rows have read.

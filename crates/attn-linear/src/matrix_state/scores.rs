@@ -5,6 +5,7 @@
 //! Else readers near the start of the chunk (see [`super::fading`]) are one product of `x o down` with `y o up`; the others
 //! are done pair by pair.
 
+use super::attend::Ahead;
 use super::fading::{Fading, weigh};
 use attn_core::simd::{Simd, SimdBase, SimdFloat};
 use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, exp2, product, transpose};
@@ -70,7 +71,8 @@ impl Columns {
     }
 }
 
-/// Fills `out [rows, stride]`.
+/// Fills `out [rows, stride]`, of a block of rows the columns that its last row sees, in whole vectors; beyond these it must
+/// be zero.
 #[inline(always)]
 pub(super) fn scores<S: Simd>(
     simd: S,
@@ -78,6 +80,7 @@ pub(super) fn scores<S: Simd>(
     columns: &Columns,
     fading: &mut Fading,
     out: &mut [f32],
+    ahead: Ahead<'_>,
 ) {
     let (stride, key_dim) = (columns.stride, columns.key_dim);
     for first in (0..readers.rows).step_by(BLOCK) {
@@ -105,8 +108,9 @@ pub(super) fn scores<S: Simd>(
             }
             fading.weigh_scores(simd, at, &mut row[..seen]);
             // Not left to a weight of 0: it would keep a NaN.
-            row[seen..].fill(0.0);
+            row[seen..width].fill(0.0);
         }
+        ahead();
     }
 }
 
