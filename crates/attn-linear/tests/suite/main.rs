@@ -1,5 +1,6 @@
 //! One binary for all of the crate's tests: linking it once is most of what several would cost.
 
+mod aft;
 mod channel;
 mod conformance;
 mod differences;
