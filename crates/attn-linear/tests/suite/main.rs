@@ -8,6 +8,7 @@ mod features_conformance;
 mod features_golden;
 mod features_gradients;
 mod features_properties;
+mod gated_features;
 mod golden;
 mod golden_cases;
 mod kernelised;

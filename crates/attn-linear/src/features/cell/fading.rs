@@ -86,9 +86,9 @@ impl<'a> Fading<'a> {
         let len = self.gates.len();
         (0..len).for_each(|t| out.row(t)[0] = stays);
         let mut written = 0.0;
-        for t in 0..len {
+        for (t, by) in writes.iter().enumerate() {
             out.row(t)[0] += written;
-            written += writes[t];
+            written += by;
         }
         let mut read = 0.0;
         for t in (0..len).rev() {
@@ -102,8 +102,8 @@ impl<'a> Fading<'a> {
                 earlier += within.row(i)[t];
             }
         }
-        for t in 0..len {
-            let key: f32 = (t..len).map(|i| within.row(i)[t]).sum::<f32>() + writes[t];
+        for (t, by) in writes.iter().enumerate() {
+            let key: f32 = (t..len).map(|i| within.row(i)[t]).sum::<f32>() + by;
             let by = out.row(t)[0] / self.gates[t] - key / own(self.gates[t]);
             out.row(t)[0] = by;
         }
