@@ -6,7 +6,7 @@
 //! - [`matrix_state`]: the engine of all of these: chunked, recurrent, and by definition. [`Variant`] says what a variant
 //!   decides, [`LinearAttention`] runs it.
 //! - [`elementwise`]: gated recurrences a channel, on the [`scan`] engine: HGRN, minGRU, RG-LRU, Mamba-1, Longhorn, RWKV-4,
-//!   AFT-simple.
+//!   AFT-simple; AFT-full and AFT-local.
 //! - [`features`]: kernelised attention: Performer, RFA, cosFormer, Based, ReBased, Hedgehog, efficient attention, ReLU.
 //! - [`channel`]: cross-covariance attention.
 //! - [`segments`]: memories written once a segment: TTT-linear, the memory of Infini-attention.
@@ -31,8 +31,8 @@ pub mod scan;
 pub mod segments;
 
 pub use elementwise::{
-    aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1, min_gru::MinGru, rg_lru::RgLru,
-    rwkv4::Rwkv4,
+    aft_full::AftFull, aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1,
+    min_gru::MinGru, rg_lru::RgLru, rwkv4::Rwkv4,
 };
 pub use features::FeatureAttention;
 pub use linear::Linear;

@@ -24,6 +24,39 @@ pub(crate) fn view<'a>(tensors: &'a NamedTensors, name: &str) -> Result<TensorVi
     }
 }
 
+/// A number a token: `(batch, heads, length)` as `(batch, heads, length, 1)`.
+pub(crate) fn numbers<'a>(tensors: &'a NamedTensors, name: &str) -> Result<TensorView<'a>> {
+    let tensor = tensors.require(name)?;
+    let [batch, heads, n] = tensor.shape[..] else {
+        let found = format!("{:?}", tensor.shape);
+        return Err(AttnError::value(format!("{name}'s shape"), found, "(batch, heads, length)"));
+    };
+    let axes = [batch, heads, n, 1];
+    match &tensor.data {
+        TensorData::F32(data) => Ok(View::contiguous(name, data, axes)?.into()),
+        TensorData::Bf16(data) => Ok(View::contiguous(name, data, axes)?.into()),
+        TensorData::F16(data) => Ok(View::contiguous(name, data, axes)?.into()),
+        _ => Err(integers(name)),
+    }
+}
+
+/// `cu_seqlens (sequences + 1)`, if it is there: the prefix sums of the lengths of packed sequences.
+pub(crate) fn prefix_sums(tensors: &NamedTensors) -> Result<Option<Vec<usize>>> {
+    let Some(tensor) = tensors.get("cu_seqlens") else { return Ok(None) };
+    let TensorData::I32(sums) = &tensor.data else {
+        let found = tensor.data.dtype().map_or("u8".into(), |dtype| dtype.to_string());
+        return Err(AttnError::DType { tensor: "cu_seqlens".into(), found, expected: "i32".into() });
+    };
+    if tensor.shape.len() != 1 {
+        let found = format!("{:?}", tensor.shape);
+        return Err(AttnError::value("cu_seqlens' shape", found, "(sequences + 1)"));
+    }
+    let size = |sum: &i32| {
+        usize::try_from(*sum).map_err(|_| AttnError::value("cu_seqlens", sum, "numbers from 0 to all tokens"))
+    };
+    sums.iter().map(size).collect::<Result<Vec<_>>>().map(Some)
+}
+
 fn integers(name: &str) -> AttnError {
     AttnError::DType { tensor: name.into(), found: "integers".into(), expected: "floats".into() }
 }

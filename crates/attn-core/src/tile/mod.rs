@@ -10,6 +10,7 @@
 //! | [`read_rows`] | bf16, f16, int8 or f32 rows into f32, in vectors |
 //! | [`Stored`] | four vectors of any storage type, in registers |
 //! | [`prefetch`] | asks for memory ahead of time |
+//! | [`touch`] | asks for a row's cache lines in order |
 //! | [`all_finite`] | whether no number is NaN or infinite |
 //!
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
@@ -20,6 +21,7 @@ mod dot_bf16;
 mod exp;
 mod prefetch;
 mod product;
+mod touch;
 mod transpose;
 
 pub use convert::{Stored, read_rows};
@@ -28,6 +30,7 @@ pub use exp::exp2;
 
 pub use prefetch::prefetch;
 pub use product::{Lhs, Rhs, Start, TileMut, product};
+pub use touch::touch;
 pub use transpose::{all_finite, transpose, widen};
 
 /// Floats in the widest vector of any instruction set: buffers whose rows hold lanes are padded to this.

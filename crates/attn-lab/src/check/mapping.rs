@@ -29,6 +29,8 @@ enum Rule {
     Gate,
     /// Without a gate it is this variant of ours.
     Gated(&'static str),
+    /// Kinds that are variants of their own here.
+    Kinds(&'static [(&'static str, &'static str)]),
     /// A performer's kernel; exponentials are taken below the largest key.
     Kernel,
     /// A segment's length; the case's name says whether the memory follows the delta rule.
@@ -182,7 +184,7 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
     }
     let row = TABLE
         .iter()
-        .chain(linear::TABLE)
+        .chain(linear::tables())
         .find(|row| row.family == case.family && row.variant == case.variant);
     let row = row.ok_or_else(|| format!("no {} variant of ours computes `{}`", case.family, case.variant))?;
     let mut plan = Plan::new(row.ours);
@@ -249,6 +251,10 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
         Rule::Gate => {}
         Rule::Gated(without) if text == "false" => plan.ours = without,
         Rule::Gated(_) => {}
+        Rule::Kinds(kinds) => match kinds.iter().find(|(theirs, _)| *theirs == text) {
+            Some((_, ours)) => plan.ours = ours,
+            None => return Err(format!("no variant of ours is of the kind {text}")),
+        },
         Rule::Kernel => {
             plan.set("key_max", text == "softmax");
             plan.set("kernel", text);

@@ -1,5 +1,6 @@
 //! The variants of the [scan engine](crate::scan).
 
+pub mod aft_full;
 pub mod aft_simple;
 mod front;
 pub mod hgrn;

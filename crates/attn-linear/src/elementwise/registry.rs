@@ -37,7 +37,10 @@ fn run(
 }
 
 pub(crate) fn entries() -> Vec<Entry> {
+    let [aft_full, aft_local] = super::aft_full::entries();
     vec![
+        aft_full,
+        aft_local,
         Entry {
             name: "hgrn",
             family: Family::Linear,

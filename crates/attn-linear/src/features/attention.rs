@@ -1,86 +1,18 @@
 //! Kernelised attention over q, k and v: causal or not, forward, stream, gradients.
 
 use super::cell::{FeatureCell, Part};
+use super::definition::definition;
 use super::largest::shifts;
-use super::maps::{Map, Place, Side};
-use crate::scan::{Gradients, ScanState, Tokens, absorb, backward, forward, store, workspace_bytes};
+use super::variant::{FeatureInputs, FeatureSpec, FeatureVariant, Gate, Normaliser};
+use crate::matrix_state::sequences;
+use crate::scan::{ScanState, Tokens, absorb, forward, store, workspace_bytes};
 use attn_core::exact::Reference;
+use attn_core::view::Rows;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
+    Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView,
 };
-
-/// What the sum of weighted values is divided by, with `D` the sum of weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Normaliser {
-    /// Nothing.
-    None,
-    /// `D + eps`.
-    Plus(f32),
-    /// `max(D, eps)`.
-    AtLeast(f32),
-    /// `phi(q) . (z + eps 1)` with `z` the sum of keys' features.
-    EachPlus(f32),
-    /// Each feature's row of the state by the sum of that feature over the keys. Not causal.
-    Rows,
-}
-
-impl Normaliser {
-    /// Whether weights are summed.
-    pub(crate) fn divides(self) -> bool {
-        self != Self::None
-    }
-}
-
-/// A row of options of kernelised attention.
-#[derive(Debug, Clone)]
-pub struct FeatureSpec {
-    /// What queries become.
-    pub queries: Map,
-    /// What keys become.
-    pub keys: Map,
-    /// What outputs are divided by.
-    pub normaliser: Normaliser,
-    /// Multiplies the weights.
-    pub scale: f32,
-    /// Keys' exponents are lowered by the largest of all keys, later ones included.
-    pub key_max: bool,
-}
-
-/// A variant of kernelised attention: two feature maps and a normaliser.
-pub trait FeatureVariant: Clone + Send + Sync + 'static {
-    /// Stable kebab-case name.
-    const NAME: &'static str;
-
-    /// Whether no query sees a later key.
-    fn is_causal(&self) -> bool;
-
-    /// The options for heads of `head_dim` and sequences of up to `n` rows.
-    ///
-    /// # Errors
-    /// [`AttnError::Value`] for an option that makes no sense.
-    fn spec(&self, n_heads_q: usize, head_dim: usize, n: usize) -> Result<FeatureSpec>;
-
-    /// Whether features depend on the length of the whole, so that a stream would have to know it.
-    fn needs_length(&self) -> bool {
-        false
-    }
-
-    /// Outputs are averages of the values seen.
-    fn is_convex(&self) -> bool {
-        false
-    }
-
-    /// Permuting keys changes nothing, without `causal`.
-    fn is_key_order_free(&self) -> bool {
-        true
-    }
-
-    /// [`Profile::max_error`].
-    fn max_error(&self) -> f64 {
-        1e-5
-    }
-}
+use std::ops::Range;
 
 /// A [`FeatureVariant`] as an [`Attention`]. Causal forms take equally many queries and keys.
 ///
@@ -108,162 +40,155 @@ pub struct FeatureAttention<V> {
     pub variant: V,
 }
 
-/// Gradients of kernelised attention.
-#[derive(Debug, Clone, PartialEq)]
-pub struct FeatureGrads {
-    /// By `q`, of its shape.
-    pub q: Vec<f32>,
-    /// By `k`, of its shape.
-    pub k: Vec<f32>,
-    /// By `v`, of its shape.
-    pub v: Vec<f32>,
-    /// By the state before the first token; empty without `causal`.
-    pub state: Option<ScanState>,
-    /// By what the map of queries learns, summed over heads and batch.
-    pub query_params: Vec<f32>,
-    /// By what the map of keys learns.
-    pub key_params: Vec<f32>,
-}
-
 impl<V: FeatureVariant> FeatureAttention<V> {
     /// The variant, ready to call.
     pub fn new(variant: V) -> Self {
         Self { variant }
     }
 
-    fn check(&self, s: &AttnShape) -> Result<()> {
-        if self.variant.is_causal() && s.n_q != s.n_kv {
+    pub(super) fn check(&self, inputs: &FeatureInputs<'_>) -> Result<()> {
+        let s = inputs.x.shape();
+        let packed = inputs.cu_seqlens.is_some();
+        if (self.variant.is_causal() || packed) && s.n_q != s.n_kv {
             return Err(AttnError::shape("k", "n_kv", s.n_kv, format!("{} (as many as queries)", s.n_q)));
+        }
+        if packed && self.variant.needs_length() {
+            return Err(AttnError::unsupported(V::NAME, "packed sequences without a length for all of them"));
+        }
+        let Some(gate) = &inputs.gate else { return Ok(()) };
+        if !V::GATED || !self.variant.is_causal() {
+            let what = if V::GATED { "a gate without `causal`" } else { "a gate" };
+            return Err(AttnError::unsupported(V::NAME, what));
+        }
+        let [_, heads, ..] = gate.shape();
+        if heads == 0 || !s.n_heads_q.is_multiple_of(heads) {
+            let expected = format!("a divisor of {} heads", s.n_heads_q);
+            return Err(AttnError::shape("gate", "heads", heads, expected));
+        }
+        for batch in 0..gate.shape()[0] {
+            for head in 0..heads {
+                if let Some(r) = gate.head_f64(batch, head).into_iter().find(|r| *r < 0.0 || *r > 1.0) {
+                    return Err(AttnError::value("gate", r, "numbers from 0 to 1"));
+                }
+            }
         }
         Ok(())
     }
 
-    fn cell(&self, s: &AttnShape, part: Part, shifts: Vec<Vec<f32>>) -> Result<(FeatureCell, FeatureSpec)> {
+    pub(super) fn spec(&self, s: &AttnShape) -> Result<FeatureSpec> {
         let spec = self.variant.spec(s.n_heads_q, s.head_dim, s.n_q.max(s.n_kv))?;
+        if let Some(r) = spec.gate.filter(|r| !(0.0..=1.0).contains(r)) {
+            return Err(AttnError::value("gate", r, "a number from 0 to 1"));
+        }
+        if spec.gate.is_some() && !self.variant.is_causal() {
+            return Err(AttnError::unsupported(V::NAME, "a gate without `causal`"));
+        }
+        Ok(spec)
+    }
+
+    /// The cell of a call on numbers of `s`, without what depends on keys and values.
+    pub(super) fn cell(&self, s: &AttnShape, part: Part, gated: bool) -> Result<FeatureCell> {
+        let spec = self.spec(s)?;
         let cell = FeatureCell {
             part,
-            queries: spec.queries.clone(),
-            keys: spec.keys.clone(),
+            queries: spec.queries,
+            keys: spec.keys,
             normaliser: spec.normaliser,
             scale: spec.scale,
+            gate: if gated { Gate::Given } else { spec.gate.map_or(Gate::None, Gate::Constant) },
             key_dim: s.head_dim,
             value_dim: s.head_dim_v,
-            shifts,
+            shifts: Vec::new(),
+            references: Vec::new(),
             heads: (s.n_heads_q, s.n_heads_kv),
         };
         if spec.normaliser == Normaliser::Rows && part == Part::Causal {
             return Err(AttnError::unsupported(V::NAME, "a normaliser of all keys with `causal`"));
         }
-        Ok((cell, spec))
+        Ok(cell)
     }
 
-    fn shifts(&self, x: &Qkv<'_>) -> Result<Vec<Vec<f32>>> {
-        let s = x.shape();
-        let spec = self.variant.spec(s.n_heads_q, s.head_dim, s.n_q.max(s.n_kv))?;
-        if spec.key_max { shifts(&spec.keys, *x.k()) } else { Ok(Vec::new()) }
+    /// The cell of the causal form and its tokens.
+    pub(super) fn causal<'a>(&self, inputs: &FeatureInputs<'a>) -> Result<(FeatureCell, Tokens<'a>)> {
+        let FeatureInputs { x, gate, cu_seqlens } = inputs;
+        let cell = FeatureCell {
+            shifts: self.shifts(inputs)?,
+            ..self.cell(&x.shape(), Part::Causal, gate.is_some())?
+        };
+        let mut all = vec![("q", *x.q()), ("k", *x.k()), ("v", *x.v())];
+        all.extend(gate.map(|gate| ("gate", gate)));
+        let tokens = Tokens::new(&cell, &all)?.packed(*cu_seqlens)?;
+        Ok((cell, tokens))
+    }
+
+    fn shifts(&self, inputs: &FeatureInputs<'_>) -> Result<Vec<Vec<f32>>> {
+        let spec = self.spec(&inputs.x.shape())?;
+        if spec.key_max { shifts(&spec.keys, *inputs.x.k(), inputs.cu_seqlens) } else { Ok(Vec::new()) }
     }
 
     /// The state before the first token of a causal problem: part 0 is `[batch, n_heads_q, features, head_dim_v]`, with one column
-    /// more, the sum of keys' features, if weights are normalised.
+    /// more, the sum of keys' features, if weights are normalised. Packed sequences have a batch entry each.
     ///
     /// # Errors
     /// Those of the options.
     pub fn state(&self, s: &AttnShape) -> Result<ScanState> {
-        let (cell, _) = self.cell(s, Part::Causal, Vec::new())?;
-        Ok(ScanState::new(&cell, s.batch, s.n_heads_q))
+        Ok(ScanState::new(&self.cell(s, Part::Causal, false)?, s.batch, s.n_heads_q))
     }
 
-    /// [`Attention::forward`] of the causal form from a state, which moves to the end.
+    /// [`Attention::forward`] with gates and packed sequences.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub fn forward_inputs(&self, inputs: &FeatureInputs<'_>, out: OutMut<'_>) -> Result<()> {
+        self.check(inputs)?;
+        let x = &inputs.x;
+        x.check_out(&out)?;
+        if self.variant.is_causal() {
+            let (cell, tokens) = self.causal(inputs)?;
+            return forward(&cell, &tokens, out, None);
+        }
+        let mut whole = self.whole(inputs)?;
+        forward(&whole.reader, &whole.queries(inputs)?, out, Some(&mut whole.read))
+    }
+
+    /// [`FeatureAttention::forward_inputs`] of the causal form from a state, which moves to the end.
     ///
     /// # Errors
     /// As [`Attention::forward`]; [`AttnError::Unsupported`] without `causal`.
-    pub fn forward_from(&self, x: Qkv<'_>, out: OutMut<'_>, state: &mut ScanState) -> Result<()> {
-        let s = x.shape();
-        self.check(&s)?;
+    pub fn forward_from<'a>(
+        &self,
+        inputs: impl Into<FeatureInputs<'a>>,
+        out: OutMut<'_>,
+        state: &mut ScanState,
+    ) -> Result<()> {
+        let inputs = inputs.into();
+        self.check(&inputs)?;
         self.only_causal()?;
-        x.check_out(&out)?;
-        let (cell, _) = self.cell(&s, Part::Causal, self.shifts(&x)?)?;
-        forward(&cell, &all_tokens(&cell, &x)?, out, Some(state))
+        inputs.x.check_out(&out)?;
+        let (cell, tokens) = self.causal(&inputs)?;
+        forward(&cell, &tokens, out, Some(state))
     }
 
-    fn only_causal(&self) -> Result<()> {
+    pub(super) fn only_causal(&self) -> Result<()> {
         if self.variant.is_causal() {
             return Ok(());
         }
         Err(AttnError::unsupported(V::NAME, "a state without `causal`"))
     }
 
-    /// Gradients, given those by the output; `state` is the one before the first token of the causal form, if it was not empty.
-    ///
-    /// # Errors
-    /// [`AttnError`] naming the argument that does not fit.
-    pub fn gradients(
-        &self,
-        x: &Qkv<'_>,
-        state: Option<&ScanState>,
-        grad_out: &TensorView<'_>,
-    ) -> Result<FeatureGrads> {
-        let s = x.shape();
-        self.check(&s)?;
-        if state.is_some() {
-            self.only_causal()?;
-        }
-        let shifts = self.shifts(x)?;
-        let sums = |all: &Gradients| -> Vec<f32> {
-            let mut sum = all.params.first().map_or_else(Vec::new, |first| vec![0.0; first.len()]);
-            all.params.iter().for_each(|p| sum.iter_mut().zip(p).for_each(|(sum, x)| *sum += x));
-            sum
-        };
-        let split = self.variant.spec(s.n_heads_q, s.head_dim, s.n_q.max(s.n_kv))?.queries.params(s.head_dim);
-        if self.variant.is_causal() {
-            let (cell, _) = self.cell(&s, Part::Causal, shifts)?;
-            let all = backward(&cell, &all_tokens(&cell, x)?, state, grad_out, None)?;
-            let mut query_params = sums(&all);
-            let key_params = query_params.split_off(split.min(query_params.len()));
-            let [q, k, v] = three(all.inputs);
-            return Ok(FeatureGrads { q, k, v, state: Some(all.state), query_params, key_params });
-        }
-        let whole = self.whole(x, shifts)?;
-        let (read, _) = self.cell(&s, Part::Read, Vec::new())?;
-        let queries = Tokens::new(&read, &[("q", *x.q())])?;
-        let by_read = backward(&read, &queries, Some(&whole.read), grad_out, None)?;
-        // By the state of a key/value head: those of its query heads together.
-        let (f, c) = (read.features(), read.columns());
-        let mut by_state = vec![0.0; s.batch * s.n_heads_kv * f * c];
-        for (memory, from) in by_read.state.part(0).chunks_exact((f * c).max(1)).enumerate() {
-            let at = memory / s.n_heads_q * s.n_heads_kv + s.kv_head(memory % s.n_heads_q);
-            by_state[at * f * c..][..f * c].iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
-        }
-        if read.normaliser == Normaliser::Rows {
-            // S / z by row: dS = d / z, dz = -(S . d) / z^2
-            for (by, s) in by_state.chunks_exact_mut(c).zip(whole.absorbed.part(0).chunks_exact(c)) {
-                let z = s[c - 1];
-                let inverse = if z == 0.0 { 0.0 } else { 1.0 / z };
-                let along: f32 = by.iter().zip(s).take(c - 1).map(|(d, s)| d * s).sum();
-                by[..c - 1].iter_mut().for_each(|d| *d *= inverse);
-                by[c - 1] = -along * inverse * inverse;
-            }
-        }
-        let mut grad_state = ScanState::no_grad(&whole.cell, s.batch, s.n_heads_kv);
-        grad_state.set_part(0, "grad_state", &by_state)?;
-        let zeros = vec![0.0f32; s.v().iter().product()];
-        let zeros = attn_core::View::contiguous("grad_out", &zeros, s.v())?.into();
-        let keys = Tokens::new(&whole.cell, &[("k", *x.k()), ("v", *x.v())])?;
-        let by_keys = backward(&whole.cell, &keys, None, &zeros, Some(&grad_state))?;
-        let (mut query_params, mut key_params) = (sums(&by_read), sums(&by_keys));
-        query_params.truncate(split);
-        key_params.drain(..split.min(key_params.len()));
-        let [k, v, _] = three(by_keys.inputs);
-        let [q, ..] = three(by_read.inputs);
-        Ok(FeatureGrads { q, k, v, state: None, query_params, key_params })
-    }
-
     /// The state of all keys, and what queries read of it.
-    fn whole(&self, x: &Qkv<'_>, shifts: Vec<Vec<f32>>) -> Result<Whole> {
-        let s = x.shape();
-        let (cell, _) = self.cell(&s, Part::Absorb, shifts)?;
-        let mut absorbed = ScanState::new(&cell, s.batch, s.n_heads_kv);
-        absorb(&cell, &Tokens::new(&cell, &[("k", *x.k()), ("v", *x.v())])?, &mut absorbed)?;
+    pub(super) fn whole(&self, inputs: &FeatureInputs<'_>) -> Result<Whole> {
+        let (x, s) = (&inputs.x, inputs.x.shape());
+        let references = references(*x.v(), &sequences(inputs.cu_seqlens, s.n_kv)?);
+        let cell = FeatureCell {
+            shifts: self.shifts(inputs)?,
+            references: references.clone(),
+            ..self.cell(&s, Part::Absorb, false)?
+        };
+        let keys = Tokens::new(&cell, &[("k", *x.k()), ("v", *x.v())])?.packed(inputs.cu_seqlens)?;
+        let sequences = keys.sequences();
+        let mut absorbed = ScanState::new(&cell, sequences, s.n_heads_kv);
+        absorb(&cell, &keys, &mut absorbed)?;
         let (f, c) = (cell.features(), cell.columns());
         let mut rows = absorbed.part(0);
         if cell.normaliser == Normaliser::Rows {
@@ -272,34 +197,52 @@ impl<V: FeatureVariant> FeatureAttention<V> {
                 row.iter_mut().for_each(|x| *x = if z == 0.0 { 0.0 } else { *x / z });
             }
         }
-        let mut all = Vec::with_capacity(s.batch * s.n_heads_q * f * c);
-        for batch in 0..s.batch {
+        let mut all = Vec::with_capacity(sequences * s.n_heads_q * f * c);
+        for sequence in 0..sequences {
             for head in 0..s.n_heads_q {
-                let at = (batch * s.n_heads_kv + s.kv_head(head)) * f * c;
+                let at = (sequence * s.n_heads_kv + s.kv_head(head)) * f * c;
                 all.extend_from_slice(&rows[at..at + f * c]);
             }
         }
-        let mut read = ScanState::new(&cell, s.batch, s.n_heads_q);
+        let mut read = ScanState::new(&cell, sequences, s.n_heads_q);
         read.set_part(0, "state", &all)?;
-        Ok(Whole { cell, absorbed, read })
+        let reader = FeatureCell { references, ..self.cell(&s, Part::Read, false)? };
+        Ok(Whole { cell, absorbed, reader, read })
     }
 }
 
-struct Whole {
-    cell: FeatureCell,
-    /// `[batch, n_heads_kv]`.
-    absorbed: ScanState,
-    /// `[batch, n_heads_q]`.
-    read: ScanState,
+/// The mean of the values of each sequence and head, where it is finite: what values are taken relative to.
+fn references(v: TensorView<'_>, cuts: &[Range<usize>]) -> Vec<Vec<f32>> {
+    fn mean<E: Element>(rows: Rows<'_, E>) -> Vec<f32> {
+        let mut sums = vec![0.0f64; rows.width()];
+        rows.iter().for_each(|row| sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(x.load())));
+        let mean = |sum: f64| (sum / rows.len() as f64) as f32;
+        sums.into_iter().map(mean).map(|x| if x.is_finite() { x } else { 0.0 }).collect()
+    }
+    let [batch, heads, ..] = v.shape();
+    let all = (0..batch).flat_map(|batch| cuts.iter().map(move |cut| (batch, cut)));
+    let of = |batch: usize, cut: &Range<usize>, head: usize| match v {
+        TensorView::F32(v) => mean(v.head(batch, head).slice(cut.clone())),
+        TensorView::Bf16(v) => mean(v.head(batch, head).slice(cut.clone())),
+        TensorView::F16(v) => mean(v.head(batch, head).slice(cut.clone())),
+    };
+    all.flat_map(|(batch, cut)| (0..heads).map(move |head| of(batch, cut, head))).collect()
 }
 
-fn all_tokens<'a>(cell: &FeatureCell, x: &Qkv<'a>) -> Result<Tokens<'a>> {
-    Tokens::new(cell, &[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])
+/// Keys and values summed up.
+pub(super) struct Whole {
+    pub(super) cell: FeatureCell,
+    /// `[sequences, n_heads_kv]`.
+    pub(super) absorbed: ScanState,
+    pub(super) reader: FeatureCell,
+    /// `[sequences, n_heads_q]`.
+    pub(super) read: ScanState,
 }
 
-fn three(all: Vec<Vec<f32>>) -> [Vec<f32>; 3] {
-    let mut all = all.into_iter();
-    std::array::from_fn(|_| all.next().unwrap_or_default())
+impl Whole {
+    pub(super) fn queries<'a>(&self, inputs: &FeatureInputs<'a>) -> Result<Tokens<'a>> {
+        Tokens::new(&self.reader, &[("q", *inputs.x.q())])?.packed(inputs.cu_seqlens)
+    }
 }
 
 impl<V: FeatureVariant> Attention for FeatureAttention<V> {
@@ -325,11 +268,8 @@ impl<V: FeatureVariant> Attention for FeatureAttention<V> {
     }
 
     fn cost(&self, s: &AttnShape, dtype: DType) -> Cost {
-        let Ok((cell, _)) =
-            self.cell(s, if self.variant.is_causal() { Part::Causal } else { Part::Read }, Vec::new())
-        else {
-            return Cost::default();
-        };
+        let part = if self.variant.is_causal() { Part::Causal } else { Part::Read };
+        let Ok(cell) = self.cell(s, part, false) else { return Cost::default() };
         let (f, c, heads) = (cell.features() as u64, cell.columns() as u64, (s.batch * s.n_heads_q) as u64);
         let (n_q, n_kv) = (s.n_q as u64, s.n_kv as u64);
         let inside = if self.variant.is_causal() { n_q * n_q.min(64) * (f + c) } else { 0 };
@@ -340,48 +280,12 @@ impl<V: FeatureVariant> Attention for FeatureAttention<V> {
     }
 
     fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        let s = x.shape();
-        self.check(&s)?;
-        x.check_out(&out)?;
-        let shifts = self.shifts(&x)?;
-        if self.variant.is_causal() {
-            let (cell, _) = self.cell(&s, Part::Causal, shifts)?;
-            return forward(&cell, &all_tokens(&cell, &x)?, out, None);
-        }
-        let mut whole = self.whole(&x, shifts)?;
-        let (read, _) = self.cell(&s, Part::Read, Vec::new())?;
-        let queries = Tokens::new(&read, &[("q", *x.q())])?;
-        forward(&read, &queries, out, Some(&mut whole.read))
+        self.forward_inputs(&x.into(), out)
     }
 
     fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
-        let s = x.shape();
-        self.check(&s)?;
-        let spec = self.variant.spec(s.n_heads_q, s.head_dim, s.n_q.max(s.n_kv))?;
-        let causal = self.variant.is_causal();
-        let mut out = Vec::with_capacity(s.out().iter().product());
-        for batch in 0..s.batch {
-            for head in 0..s.n_heads_q {
-                let kv = s.kv_head(head);
-                let keys = x.k().head_f64(batch, kv);
-                let shift =
-                    if spec.key_max { spec.keys.define_shift(head, &keys, s.head_dim) } else { Vec::new() };
-                let features = |map: &Map, side, rows: Vec<f64>| -> Vec<Vec<f64>> {
-                    let shift: &[f32] = if side == Side::Key { &shift } else { &[] };
-                    let rows = rows.chunks_exact(s.head_dim).enumerate();
-                    rows.map(|(first, row)| map.define(Place { side, head, first, len: 1, shift }, row))
-                        .collect()
-                };
-                let q = features(&spec.queries, Side::Query, x.q().head_f64(batch, head));
-                let k = features(&spec.keys, Side::Key, keys.clone());
-                let v = x.v().head_f64(batch, kv);
-                for (i, q) in q.iter().enumerate() {
-                    let seen = if causal { i + 1 } else { s.n_kv };
-                    out.extend(define_row(&spec, q, &k[..seen], &v, s.head_dim_v));
-                }
-            }
-        }
-        Ok(Reference { out, lse: None })
+        self.check(&(*x).into())?;
+        Ok(definition(&self.spec(&x.shape())?, self.variant.is_causal(), x))
     }
 
     fn as_streaming(&self) -> Option<&dyn Streaming> {
@@ -391,30 +295,6 @@ impl<V: FeatureVariant> Attention for FeatureAttention<V> {
     fn as_differentiable(&self) -> Option<&dyn Differentiable> {
         Some(self)
     }
-}
-
-/// One row by the quadratic formula.
-fn define_row(spec: &FeatureSpec, q: &[f64], keys: &[Vec<f64>], v: &[f64], width: usize) -> Vec<f64> {
-    let scale = f64::from(spec.scale);
-    let mut sums: Vec<f64> = vec![0.0; q.len()];
-    keys.iter().for_each(|k| sums.iter_mut().zip(k).for_each(|(sum, k)| *sum += k));
-    let (mut out, mut d) = (vec![0.0; width], 0.0);
-    for (j, k) in keys.iter().enumerate() {
-        let pairs = q.iter().zip(k).zip(&sums);
-        let weight: f64 = match spec.normaliser {
-            Normaliser::Rows => pairs.map(|((q, k), z)| if *z == 0.0 { 0.0 } else { q * k / z }).sum(),
-            _ => pairs.map(|((q, k), _)| q * k).sum(),
-        };
-        d += scale * weight;
-        out.iter_mut().zip(&v[j * width..]).for_each(|(o, v)| *o += scale * weight * v);
-    }
-    let divisor = match spec.normaliser {
-        Normaliser::None | Normaliser::Rows => 1.0,
-        Normaliser::Plus(eps) => d + f64::from(eps),
-        Normaliser::AtLeast(eps) => d.max(f64::from(eps)),
-        Normaliser::EachPlus(eps) => d + f64::from(eps) * scale * q.iter().sum::<f64>(),
-    };
-    out.iter().map(|o| if divisor == 0.0 { 0.0 } else { o / divisor }).collect()
 }
 
 impl<V: FeatureVariant> Differentiable for FeatureAttention<V> {
@@ -432,7 +312,7 @@ impl<V: FeatureVariant> Differentiable for FeatureAttention<V> {
         grads: QkvGrads<'_>,
     ) -> Result<()> {
         grads.check(&x)?;
-        let all = self.gradients(&x, None, &grad_out)?;
+        let all = self.gradients(x, None, &grad_out)?;
         store(grads.q, &all.q);
         store(grads.k, &all.k);
         store(grads.v, &all.v);
@@ -456,8 +336,8 @@ impl<V: FeatureVariant> Streaming for FeatureAttention<V> {
             head_dim: shape.head_dim,
             head_dim_v: shape.head_dim_v,
         };
-        let (cell, spec) = self.cell(&s, Part::Causal, Vec::new())?;
-        if spec.key_max {
+        let cell = self.cell(&s, Part::Causal, false)?;
+        if self.spec(&s)?.key_max {
             return Err(AttnError::unsupported(V::NAME, "streaming with the largest of all keys"));
         }
         let state = ScanState::new(&cell, shape.batch, shape.n_heads_q);
@@ -475,7 +355,8 @@ impl StreamState for Stream {
     fn append(&mut self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
         self.shape.check(&x)?;
         x.check_out(&out)?;
-        forward(&self.cell, &all_tokens(&self.cell, &x)?, out, Some(&mut self.state))
+        let tokens = Tokens::new(&self.cell, &[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])?;
+        forward(&self.cell, &tokens, out, Some(&mut self.state))
     }
 
     fn len(&self) -> usize {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// The same map for both sides.
 fn spec(map: Map, normaliser: Normaliser) -> FeatureSpec {
-    FeatureSpec { queries: map.clone(), keys: map, normaliser, scale: 1.0, key_max: false }
+    FeatureSpec { queries: map.clone(), keys: map, normaliser, scale: 1.0, key_max: false, gate: None }
 }
 
 /// Linear attention with `phi(x) = max(x, 0)`, as vision models have it: over all keys, `D + eps`.
@@ -269,6 +269,7 @@ impl FeatureVariant for Efficient {
             normaliser: if self.causal { Normaliser::AtLeast(1e-3) } else { Normaliser::Rows },
             scale,
             key_max: !self.causal,
+            gate: None,
         })
     }
 
@@ -277,8 +278,9 @@ impl FeatureVariant for Efficient {
     }
 }
 
-/// Random feature attention, without gate: `phi(x) = [sin, cos](W x / |x|)` stands for the Gaussian kernel; the divisor is
-/// `max(D, 1e-6)`, since estimated weights may be negative.
+/// Random feature attention: `phi(x) = [sin, cos](W x / |x|)` stands for the Gaussian kernel; the divisor is `max(D, 1e-6)`, since
+/// estimated weights may be negative. With gates `r_t` the past fades, `S_t = r_t S_(t-1) + (1 - r_t) phi(k_t) v_t^T`, and so does
+/// the sum of weights.
 ///
 /// Source: Peng, Pappas, Yogatama, Schwartz, Smith, Kong 2021 (Random Feature Attention).
 #[derive(Debug, Clone, PartialEq)]
@@ -289,6 +291,8 @@ pub struct Rfa {
     pub features: usize,
     /// Least divisor.
     pub eps: f32,
+    /// The gate of all tokens in `[0, 1]` where none are given; `None` is no gate. Causal only.
+    pub gate: Option<f32>,
     /// What the projection is drawn with.
     pub seed: u64,
     /// The projection `[heads or 1, features, head_dim]`.
@@ -297,7 +301,7 @@ pub struct Rfa {
 
 impl Default for Rfa {
     fn default() -> Self {
-        Self { causal: true, features: 128, eps: 1e-6, seed: 0, weight: None }
+        Self { causal: true, features: 128, eps: 1e-6, gate: None, seed: 0, weight: None }
     }
 }
 
@@ -317,6 +321,7 @@ impl Rfa {
 
 impl FeatureVariant for Rfa {
     const NAME: &'static str = "rfa";
+    const GATED: bool = true;
 
     fn is_causal(&self) -> bool {
         self.causal
@@ -339,6 +344,6 @@ impl FeatureVariant for Rfa {
         if ![1, n_heads_q].contains(&random.heads()) {
             return Err(AttnError::shape("proj", "heads", random.heads(), format!("1 or {n_heads_q}")));
         }
-        Ok(spec(Map::Fourier(random), Normaliser::AtLeast(self.eps)))
+        Ok(FeatureSpec { gate: self.gate, ..spec(Map::Fourier(random), Normaliser::AtLeast(self.eps)) })
     }
 }

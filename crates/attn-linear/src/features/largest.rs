@@ -8,23 +8,24 @@ use attn_core::simd::Simd;
 use attn_core::tile::MAX_LANES;
 use attn_core::{Result, TensorView};
 
-/// For each head of `k` what its keys' exponents are lowered by, `[batch * heads]`: one number for random features, one a
+/// For each head of `k` what its keys' exponents are lowered by, `[sequences * heads]`: one number for random features, one a
 /// channel for exponentials; nothing for other maps.
-pub(super) fn shifts(map: &Map, k: TensorView<'_>) -> Result<Vec<Vec<f32>>> {
-    let [batch, heads, n, width] = k.shape();
+pub(super) fn shifts(map: &Map, k: TensorView<'_>, cu_seqlens: Option<&[usize]>) -> Result<Vec<Vec<f32>>> {
+    let [_, heads, _, width] = k.shape();
     let one = match map {
         Map::Favor(_) => true,
         Map::Exp => false,
         _ => return Ok(Vec::new()),
     };
     let cell = Largest { map: map.clone(), width, one };
-    let mut state = ScanState::new(&cell, batch, heads);
-    absorb(&cell, &Tokens::new(&cell, &[("k", k)])?, &mut state)?;
+    let tokens = Tokens::new(&cell, &[("k", k)])?.packed(cu_seqlens)?;
+    let mut state = ScanState::new(&cell, tokens.sequences(), heads);
+    absorb(&cell, &tokens, &mut state)?;
     let columns = if one { 1 } else { width };
     let found = state.part(0);
     let rows = found.chunks_exact(columns).map(|row| {
         // Without keys nothing is lowered.
-        let mut row: Vec<f32> = row.iter().map(|x| if n == 0 { 0.0 } else { *x }).collect();
+        let mut row: Vec<f32> = row.iter().map(|x| if *x == NO_MAX { 0.0 } else { *x }).collect();
         if !one {
             row.resize(width.next_multiple_of(MAX_LANES), 0.0);
         }

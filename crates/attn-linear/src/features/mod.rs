@@ -8,6 +8,8 @@
 
 mod attention;
 mod cell;
+mod definition;
+mod gradients;
 mod hedgehog;
 mod kernels;
 mod largest;
@@ -17,8 +19,10 @@ mod products;
 mod projection;
 mod random;
 mod registry;
+mod variant;
 
-pub use attention::{FeatureAttention, FeatureGrads, FeatureSpec, FeatureVariant, Normaliser};
+pub use attention::FeatureAttention;
+pub use gradients::FeatureGrads;
 pub use hedgehog::Layer;
 pub use kernels::{Based, CosFormer, Efficient, Hedgehog, LinearRelu, ReBased, Rfa};
 pub use maps::{Map, Place, Side};
@@ -26,3 +30,5 @@ pub use performer::{Kernel, Performer};
 pub use products::{Affine, Products};
 pub use random::Random;
 pub(crate) use registry::entries;
+use variant::Gate;
+pub use variant::{FeatureInputs, FeatureSpec, FeatureVariant, Normaliser};

@@ -119,6 +119,7 @@ impl FeatureVariant for Performer {
             },
             scale: 1.0,
             key_max: self.looks_ahead(),
+            gate: None,
         })
     }
 

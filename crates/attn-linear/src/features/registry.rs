@@ -2,10 +2,11 @@
 
 use super::kernels::{Based, CosFormer, Efficient, Hedgehog, LinearRelu, ReBased, Rfa};
 use super::performer::{Kernel, Performer};
-use super::{FeatureAttention, FeatureVariant};
+use super::{FeatureAttention, FeatureInputs, FeatureVariant};
+use crate::matrix_state::sequences;
 use crate::named::{self, give, give_grad, view};
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, output_like};
-use attn_core::{Attention, AttnError, Family, Qkv, Result};
+use attn_core::{Attention, AttnError, AttnShape, Family, Result};
 
 const CAUSAL_TRUE: OptionSpec = OptionSpec { default: "true", ..OptionSpec::CAUSAL };
 
@@ -88,6 +89,11 @@ pub(crate) fn entries() -> Vec<Entry> {
             options: &[
                 CAUSAL_TRUE,
                 OptionSpec { name: "features", default: "128", help: "rows of the projection" },
+                OptionSpec {
+                    name: "gate",
+                    default: "",
+                    help: "what is left of the past at a token, in [0, 1], where no tensor gives it; default no gate",
+                },
                 LEAST,
                 SEED,
             ],
@@ -217,7 +223,8 @@ fn performer(options: &Options) -> Result<Performer> {
 fn rfa(options: &Options) -> Result<Rfa> {
     let causal = options.get_or("causal", true)?;
     let (features, seed) = (options.get_or("features", 128)?, options.get_or("seed", 0)?);
-    Ok(Rfa { causal, features, eps: options.get_or("eps", 1e-6)?, seed, weight: None })
+    let (eps, gate) = (options.get_or("eps", 1e-6)?, options.get("gate")?);
+    Ok(Rfa { causal, features, eps, gate, seed, weight: None })
 }
 
 fn cosformer(options: &Options) -> Result<CosFormer> {
@@ -245,26 +252,30 @@ fn efficient(options: &Options) -> Result<Efficient> {
     Ok(Efficient { causal: options.get_or("causal", false)?, scale })
 }
 
-/// `q`, `k`, `v`, the tensors `more` that the variant has read, and with `s0`, `z0` among them a state. Gives `o`, for causal
-/// forms `sT` and `zT`, and with `grad_o` the gradients.
+/// `q`, `k`, `v`, for gated variants `gate (batch, heads, length)`, `cu_seqlens`, the tensors `more` that the variant has read, and
+/// with `s0`, `z0` among them a state. Gives `o`, for causal forms `sT` and `zT`, and with `grad_o` the gradients.
 fn run<V: FeatureVariant>(
     variant: V,
     tensors: &NamedTensors,
     more: &[&str],
     give_params: impl FnOnce(&mut NamedTensors, super::FeatureGrads) -> Result<()>,
 ) -> Result<NamedTensors> {
-    tensors.only(V::NAME, &[&["q", "k", "v", "grad_o"], more].concat())?;
-    let x: Qkv<'_> = tensors.qkv()?;
+    let gated: &[&str] = if V::GATED { &["gate"] } else { &[] };
+    tensors.only(V::NAME, &[&["q", "k", "v", "cu_seqlens", "grad_o"], gated, more].concat())?;
+    let (x, cu_seqlens) = (tensors.qkv()?, named::prefix_sums(tensors)?);
+    let gate = tensors.get("gate").map(|_| named::numbers(tensors, "gate")).transpose()?;
+    let inputs = FeatureInputs { x, gate, cu_seqlens: cu_seqlens.as_deref() };
     let s = x.shape();
     let attention = FeatureAttention::new(variant);
     let (mut all, mut out) = (NamedTensors::default(), output_like(&x));
     let mut before = None;
     if attention.variant.is_causal() {
-        let mut state = attention.state(&s)?;
+        let sequences = s.batch * sequences(inputs.cu_seqlens, s.n_q)?.len();
+        let mut state = attention.state(&AttnShape { batch: sequences, ..s })?;
         let columns = state.width(0);
-        let features = state.part(0).len() / (s.batch * s.n_heads_q * columns).max(1);
+        let features = state.part(0).len() / (sequences * s.n_heads_q * columns).max(1);
         let (s_axes, z_axes) =
-            ([s.batch, s.n_heads_q, features, s.head_dim_v], [s.batch, s.n_heads_q, features]);
+            ([sequences, s.n_heads_q, features, s.head_dim_v], [sequences, s.n_heads_q, features]);
         if tensors.get("s0").is_some() {
             let sums = named::floats(tensors, "s0", &s_axes)?.chunks_exact(s.head_dim_v);
             let z = named::floats(tensors, "z0", &z_axes)?;
@@ -272,23 +283,20 @@ fn run<V: FeatureVariant>(
             state.set_part(0, "s0", &rows.collect::<Vec<f32>>())?;
         }
         before = Some(state.clone());
-        attention.forward_from(x, out.as_out()?, &mut state)?;
+        attention.forward_from(inputs, out.as_out()?, &mut state)?;
         let (sums, z) = split(&state.part(0), s.head_dim_v, columns);
         give(&mut all, "sT", &s_axes, sums)?;
         if columns > s.head_dim_v {
             give(&mut all, "zT", &z_axes, z)?;
         }
     } else {
-        attention.forward(x, out.as_out()?)?;
+        attention.forward_inputs(&inputs, out.as_out()?)?;
     }
     all.0.insert("o".into(), out);
     if tensors.get("grad_o").is_some() {
-        let mut grads = attention.gradients(&x, before.as_ref(), &view(tensors, "grad_o")?)?;
-        let (q, k, v) =
-            (std::mem::take(&mut grads.q), std::mem::take(&mut grads.k), std::mem::take(&mut grads.v));
-        [("q", q), ("k", k), ("v", v)]
-            .into_iter()
-            .try_for_each(|(n, d)| give_grad(&mut all, tensors, n, d))?;
+        let mut grads = attention.gradients(inputs, before.as_ref(), &view(tensors, "grad_o")?)?;
+        let by = [("q", &mut grads.q), ("k", &mut grads.k), ("v", &mut grads.v), ("gate", &mut grads.gate)];
+        by.into_iter().try_for_each(|(n, d)| give_grad(&mut all, tensors, n, std::mem::take(d)))?;
         if let Some(state) = &grads.state {
             let (sums, z) = split(&state.part(0), s.head_dim_v, state.width(0));
             give_grad(&mut all, tensors, "s0", sums)?;

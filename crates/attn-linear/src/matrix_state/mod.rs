@@ -55,6 +55,7 @@ pub use inputs::{Extra, Inputs, Per, Sizes, Width};
 pub use memory::{Memory, Part};
 pub use options::{Decay, Erase, EraseAt, Options, Read};
 pub use recurrence::Recurrence;
+pub(crate) use run::sequences;
 pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 

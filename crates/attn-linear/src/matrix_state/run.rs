@@ -36,7 +36,7 @@ pub(super) fn prepare(variant: &dyn AnyVariant, x: &Inputs<'_>) -> Result<(Sizes
 }
 
 /// Ranges of the tokens of packed sequences, from the prefix sums of their lengths; one sequence without them.
-fn sequences(cu_seqlens: Option<&[usize]>, tokens: usize) -> Result<Vec<Range<usize>>> {
+pub(crate) fn sequences(cu_seqlens: Option<&[usize]>, tokens: usize) -> Result<Vec<Range<usize>>> {
     let Some(sums) = cu_seqlens else { return Ok(std::iter::once(0..tokens).collect()) };
     let fits = sums.first() == Some(&0) && sums.last() == Some(&tokens) && sums.is_sorted();
     if fits {

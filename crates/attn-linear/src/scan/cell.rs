@@ -46,7 +46,7 @@ impl PanelMut<'_> {
 /// Some consecutive tokens of one head.
 #[derive(Debug, Clone, Copy)]
 pub struct Piece<'a> {
-    /// Which problem.
+    /// Which problem: the batch entry or, of packed sequences, which of all.
     pub batch: usize,
     /// Which head of the output.
     pub head: usize,

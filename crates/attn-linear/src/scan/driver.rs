@@ -77,12 +77,12 @@ pub fn forward<C: Cell>(
     out: OutMut<'_>,
     state: Option<&mut ScanState>,
 ) -> Result<()> {
-    let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
-    check_rows("out", out.shape(), [batch, heads, len, Cell::out_width(cell)])?;
+    let (heads, len) = (tokens.heads(), tokens.len());
+    check_rows("out", out.shape(), [tokens.batch(), heads, len, Cell::out_width(cell)])?;
     let mut own = None;
     let state = match state {
         Some(state) => state,
-        None => own.insert(ScanState::new(cell, batch, heads)),
+        None => own.insert(ScanState::new(cell, tokens.sequences(), heads)),
     };
     run(cell, tokens, Some(out), state)
 }
@@ -101,22 +101,29 @@ fn run(
     out: Option<OutMut<'_>>,
     state: &mut ScanState,
 ) -> Result<()> {
-    let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
-    state.check(&cell.state(), batch, heads)?;
-    if len == 0 || batch * heads == 0 {
+    let (heads, cuts) = (tokens.heads(), tokens.cuts());
+    state.check(&cell.state(), tokens.sequences(), heads)?;
+    let len = cuts.iter().map(Range::len).max().unwrap_or(0);
+    if len == 0 || state.positions().is_empty() || heads == 0 {
         return Ok(());
     }
     let isa = Isa::current();
-    let first = state.position();
-    let mut outs = out.map(|out| out.into_cuts(vec![0..len; 1]).into_iter());
-    let tasks = state.heads_mut().into_iter().enumerate().map(|(at, state)| Head {
-        cell,
-        tokens,
-        at: (at / heads, at % heads),
-        first,
-        state,
-        out: outs.as_mut().and_then(Iterator::next),
-        snapshots: None,
+    let firsts = state.positions().to_vec();
+    // Outputs come batch by batch, head by head, sequence by sequence; states sequence by sequence, head by head.
+    let n = cuts.len();
+    let outs = out.map_or_else(Vec::new, |out| out.into_cuts(cuts.to_vec()));
+    let mut outs: Vec<Option<OutRows<'_>>> = outs.into_iter().map(Some).collect();
+    let tasks = state.heads_mut().into_iter().enumerate().map(|(at, state)| {
+        let (sequence, head) = (at / heads, at % heads);
+        Head {
+            cell,
+            tokens,
+            at: (sequence, head),
+            first: firsts[sequence],
+            state,
+            out: outs.get_mut((sequence / n * heads + head) * n + sequence % n).and_then(Option::take),
+            snapshots: None,
+        }
     });
     let tasks: Vec<_> = tasks.collect();
     let workspace = || Workspace::new(cell, len);
@@ -126,7 +133,7 @@ fn run(
     } else {
         for_each_task(tasks.into_iter(), workspace, |workspace, head| head.run(isa, workspace));
     }
-    state.advance(len);
+    state.absorbed(cuts.iter().map(Range::len));
     Ok(())
 }
 
@@ -149,13 +156,16 @@ fn pieces(len: usize, first: usize, piece_len: usize) -> impl DoubleEndedIterato
     let (from, to) = (first / piece_len, (first + len).div_ceil(piece_len));
     (from..to)
         .map(move |at| (at * piece_len).max(first) - first..((at + 1) * piece_len).min(first + len) - first)
+        .filter(|piece| !piece.is_empty())
 }
 
 /// One head forwards.
 struct Head<'a, 's> {
     cell: &'a dyn AnyCell,
     tokens: &'a Tokens<'a>,
+    /// Which sequence, which head.
     at: (usize, usize),
+    /// Position of its first token.
     first: usize,
     state: Vec<&'s mut [f32]>,
     out: Option<OutRows<'s>>,
@@ -164,15 +174,23 @@ struct Head<'a, 's> {
 }
 
 impl Head<'_, '_> {
+    /// The batch entry and its tokens.
+    fn place(&self) -> (usize, Range<usize>) {
+        let cuts = self.tokens.cuts();
+        (self.at.0 / cuts.len(), cuts[self.at.0 % cuts.len()].clone())
+    }
+
     fn run(self, isa: Isa, workspace: &mut Workspace) {
         let mut head = self;
-        for rows in pieces(head.tokens.len(), head.first, head.cell.piece_len()) {
+        let (batch, tokens) = head.place();
+        for rows in pieces(tokens.len(), head.first, head.cell.piece_len()) {
             if let Some(snapshots) = &mut head.snapshots {
                 head.state.iter().for_each(|part| snapshots.extend_from_slice(part));
             }
             for (at, buffer) in workspace.inputs.iter_mut().enumerate() {
                 let sizes = (buffer.width, buffer.stride);
-                head.tokens.load(at, head.at, rows.clone(), sizes, &mut buffer.data);
+                let from = tokens.start + rows.start..tokens.start + rows.end;
+                head.tokens.load(at, (batch, head.at.1), from, sizes, &mut buffer.data);
             }
             let inputs: Vec<Panel<'_>> = workspace.inputs.iter().map(Buffer::panel).collect();
             let piece = Piece {
@@ -202,7 +220,7 @@ pub struct Gradients {
     pub inputs: Vec<Vec<f32>>,
     /// By the state before the first token.
     pub state: ScanState,
-    /// By the parameters of each head, `[batch * heads][params]`.
+    /// By the parameters of each head, `[sequences * heads][params]`.
     pub params: Vec<Vec<f32>>,
 }
 
@@ -218,9 +236,9 @@ pub fn backward<C: Cell>(
     grad_out: &TensorView<'_>,
     grad_state: Option<&ScanState>,
 ) -> Result<Gradients> {
-    let (batch, heads) = (tokens.batch(), tokens.heads());
-    let last = state.map_or_else(|| ScanState::new(cell, batch, heads), ScanState::clone);
-    let grads = grad_state.map_or_else(|| ScanState::no_grad(cell, batch, heads), ScanState::clone);
+    let (sequences, heads) = (tokens.sequences(), tokens.heads());
+    let last = state.map_or_else(|| ScanState::new(cell, sequences, heads), ScanState::clone);
+    let grads = grad_state.map_or_else(|| ScanState::no_grad(cell, sequences, heads), ScanState::clone);
     run_back(cell, tokens, last, grad_out, grads)
 }
 
@@ -233,18 +251,26 @@ fn run_back(
 ) -> Result<Gradients> {
     let (batch, heads, len) = (tokens.batch(), tokens.heads(), tokens.len());
     check_rows("grad_out", grad_out.shape(), [batch, heads, len, cell.out_width()])?;
-    last.check(&cell.state(), batch, heads)?;
-    grads.check(&cell.state(), batch, heads)?;
-    let first = last.position();
+    let (sequences, cuts) = (tokens.sequences(), tokens.cuts());
+    last.check(&cell.state(), sequences, heads)?;
+    grads.check(&cell.state(), sequences, heads)?;
+    let firsts = last.positions().to_vec();
     let widths = cell.inputs();
     let mut inputs: Vec<Vec<f32>> = widths.iter().map(|w| vec![0.0; batch * heads * len * w]).collect();
-    let mut params = vec![vec![0.0; cell.params()]; batch * heads];
+    let mut params = vec![vec![0.0; cell.params()]; sequences * heads];
     if len > 0 && batch * heads > 0 {
         let isa = Isa::current();
         let grad_tokens = Tokens::of_any_width(&[("grad_out", *grad_out)])?;
-        let mut rows: Vec<Vec<&mut [f32]>> = (0..batch * heads).map(|_| Vec::new()).collect();
+        let mut rows: Vec<Vec<&mut [f32]>> = (0..sequences * heads).map(|_| Vec::new()).collect();
+        let n = cuts.len();
         for (all, width) in inputs.iter_mut().zip(&widths) {
-            rows.iter_mut().zip(all.chunks_exact_mut(len * width)).for_each(|(head, rows)| head.push(rows));
+            for (at, mut rest) in all.chunks_exact_mut(len * width).enumerate() {
+                for (sequence, cut) in cuts.iter().enumerate() {
+                    let (own, after) = rest.split_at_mut(cut.len() * width);
+                    rows[(at / heads * n + sequence) * heads + at % heads].push(own);
+                    rest = after;
+                }
+            }
         }
         let states = last.heads_mut().into_iter().zip(grads.heads_mut());
         let tasks = states.zip(rows).zip(&mut params).enumerate();
@@ -253,7 +279,7 @@ fn run_back(
                 cell,
                 tokens,
                 at: (at / heads, at % heads),
-                first,
+                first: firsts[at / heads],
                 state,
                 out: None,
                 snapshots: None,
@@ -288,19 +314,22 @@ impl BackHead<'_, '_> {
     fn run(self, isa: Isa, (ahead, back, snapshots): &mut BackWorkspace) {
         let Self { head, grad_out, mut grad_state, mut rows, params } = self;
         let (cell, tokens, at, first) = (head.cell, head.tokens, head.at, head.first);
+        let (batch, own) = head.place();
+        let place = (batch, at.1);
         snapshots.clear();
         let sizes: Vec<usize> = head.state.iter().map(|part| part.len()).collect();
         Head { snapshots: Some(snapshots), ..head }.run(isa, ahead);
         let floats: usize = sizes.iter().sum();
         for (n, range) in
-            pieces(tokens.len(), first, cell.piece_len()).enumerate().collect::<Vec<_>>().into_iter().rev()
+            pieces(own.len(), first, cell.piece_len()).enumerate().collect::<Vec<_>>().into_iter().rev()
         {
+            let from = own.start + range.start..own.start + range.end;
             for (at_input, buffer) in ahead.inputs.iter_mut().enumerate() {
                 let sizes = (buffer.width, buffer.stride);
-                tokens.load(at_input, at, range.clone(), sizes, &mut buffer.data);
+                tokens.load(at_input, place, from.clone(), sizes, &mut buffer.data);
             }
             let sizes_out = (back.out.width, back.out.stride);
-            grad_out.load(0, at, range.clone(), sizes_out, &mut back.out.data);
+            grad_out.load(0, place, from, sizes_out, &mut back.out.data);
             let inputs: Vec<Panel<'_>> = ahead.inputs.iter().map(Buffer::panel).collect();
             let piece = Piece {
                 batch: at.0,

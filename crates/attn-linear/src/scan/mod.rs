@@ -15,6 +15,7 @@ mod attention;
 pub(crate) mod cell;
 mod driver;
 pub(crate) mod element;
+pub(crate) mod gemm;
 pub(crate) mod log_sum;
 pub(crate) mod math;
 pub(crate) mod outer;

@@ -10,7 +10,8 @@ pub struct ScanState {
     batch: usize,
     heads: usize,
     parts: Vec<Part>,
-    position: usize,
+    /// Tokens that each batch entry has absorbed.
+    positions: Vec<usize>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -39,7 +40,7 @@ impl ScanState {
             Part { rows, width, data: vec![cell.initial(at); len] }
         };
         let parts = cell.state().into_iter().enumerate().map(part).collect();
-        Self { batch, heads, parts, position: 0 }
+        Self { batch, heads, parts, positions: vec![0; batch] }
     }
 
     /// The gradient by a last state that nothing reads.
@@ -49,14 +50,24 @@ impl ScanState {
         grad
     }
 
-    /// Tokens absorbed.
+    /// Tokens absorbed by the first batch entry; without packed sequences by all.
     pub fn position(&self) -> usize {
-        self.position
+        self.positions.first().copied().unwrap_or(0)
+    }
+
+    /// Tokens absorbed by each batch entry.
+    pub(super) fn positions(&self) -> &[usize] {
+        &self.positions
     }
 
     /// Counts `tokens` more as absorbed, as one whose state was [set](ScanState::set_part) has to.
     pub fn advance(&mut self, tokens: usize) {
-        self.position += tokens;
+        self.positions.iter_mut().for_each(|position| *position += tokens);
+    }
+
+    /// Counts the sequences of tokens as absorbed, one after another for each batch entry of `n` of them.
+    pub(super) fn absorbed(&mut self, lengths: impl Iterator<Item = usize> + Clone) {
+        self.positions.iter_mut().zip(lengths.cycle()).for_each(|(position, len)| *position += len);
     }
 
     /// Part `at` as `[batch, heads, rows, width]`, row-major.

@@ -1,6 +1,7 @@
 //! The inputs of a scan: which rows a head reads.
 
 use super::Cell;
+use crate::matrix_state::sequences;
 use attn_core::view::Rows;
 use attn_core::{AttnError, Element, Result, TensorView};
 use std::ops::Range;
@@ -13,6 +14,8 @@ pub struct Tokens<'a> {
     batch: usize,
     heads: usize,
     len: usize,
+    /// Tokens of the sequences of a batch entry.
+    cuts: Vec<Range<usize>>,
 }
 
 impl<'a> Tokens<'a> {
@@ -52,7 +55,28 @@ impl<'a> Tokens<'a> {
                 return Err(AttnError::shape(*name, "width", 0, "at least 1"));
             }
         }
-        Ok(Self { inputs: inputs.iter().map(|(_, view)| *view).collect(), batch, heads, len })
+        let cuts = std::iter::once(0..len).collect();
+        Ok(Self { inputs: inputs.iter().map(|(_, view)| *view).collect(), batch, heads, len, cuts })
+    }
+
+    /// Of sequences packed one behind the other: `cu_seqlens` are the prefix sums of their lengths, from 0 to all tokens. Each is
+    /// a run of its own with a state of its own: a batch entry of the state for each sequence of each batch entry.
+    ///
+    /// # Errors
+    /// [`AttnError::Value`] for sums that do not rise from 0 to the tokens.
+    pub fn packed(mut self, cu_seqlens: Option<&[usize]>) -> Result<Self> {
+        self.cuts = sequences(cu_seqlens, self.len)?;
+        Ok(self)
+    }
+
+    /// Independent sequences: batch entries of the state.
+    pub fn sequences(&self) -> usize {
+        self.batch * self.cuts.len()
+    }
+
+    /// Tokens of the sequences of each batch entry.
+    pub(super) fn cuts(&self) -> &[Range<usize>] {
+        &self.cuts
     }
 
     /// Independent problems.
@@ -76,7 +100,7 @@ impl<'a> Tokens<'a> {
     }
 
     /// Copies the rows `range` of input `at` of a head into `panel`, `width` wide and `stride` apart.
-    pub(super) fn load(
+    pub(crate) fn load(
         &self,
         at: usize,
         (batch, head): (usize, usize),
@@ -95,7 +119,7 @@ impl<'a> Tokens<'a> {
 
     /// Adds up the gradients by input `at` of `width` channels a head, `[batch, heads, len, width]`, over the heads that share
     /// a row and the channels that were read twice: `[batch, its heads, len, its width]`.
-    pub(super) fn gather(&self, at: usize, width: usize, grads: Vec<f32>) -> Vec<f32> {
+    pub(crate) fn gather(&self, at: usize, width: usize, grads: Vec<f32>) -> Vec<f32> {
         let [batch, heads, len, own] = self.inputs[at].shape();
         if (heads, own) == (self.heads, width) {
             return grads;

@@ -10,10 +10,10 @@
 //!
 //! Source: Munkhdalai, Faruqui, Gopal 2024 (Leave No Context Behind), equations 3 to 8.
 
-use super::gemm::{outer, pad, rows, turned};
 use crate::elementwise::front_panels as panels;
 use crate::features::{Map, Place, Side};
 use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
+use crate::scan::gemm::{outer, pad, rows, turned};
 use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
 use attn_core::simd::Simd;
 use attn_core::tile::Start;

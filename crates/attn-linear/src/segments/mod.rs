@@ -3,7 +3,6 @@
 //! - [`TttLinear`]: a linear model trained on each mini-batch by one step of gradient descent.
 //! - [`Infini`]: the compressive memory of Infini-attention.
 
-mod gemm;
 pub mod infini;
 mod registry;
 pub mod ttt;

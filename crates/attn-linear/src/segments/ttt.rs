@@ -14,9 +14,9 @@
 //!
 //! Source: Sun et al. 2024 (Learning to (Learn at Test Time)), sections 2.4 and 2.5.
 
-use super::gemm::{outer, pad, rows, turned};
 use crate::elementwise::front_panels as panels;
 use crate::scan::cell::{Cell, PanelMut, Piece, PieceGrads};
+use crate::scan::gemm::{outer, pad, rows, turned};
 use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
 use attn_core::simd::Simd;
 use attn_core::tile::Start;

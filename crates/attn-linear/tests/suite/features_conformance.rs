@@ -30,7 +30,7 @@ fn performer_keeps_its_promises() {
 
 #[test]
 fn rfa_keeps_its_promises() {
-    check("rfa", &[]);
+    check("rfa", &[&[("gate", "0.7")], &[("gate", "1")], &[("gate", "0")]]);
 }
 
 #[test]

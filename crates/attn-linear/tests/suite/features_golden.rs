@@ -33,8 +33,8 @@ fn performer_equals_performer_pytorch() {
 
 #[test]
 fn rfa_equals_its_recurrence() {
-    let cases = cases("rfa", "plain");
-    assert_eq!(cases.len(), 3);
+    let cases = cases("rfa", "");
+    assert_eq!(cases.len(), 6);
     cases.iter().for_each(|case| check(case, "rfa", &options(case, &["causal"])));
 }
 

@@ -1,5 +1,6 @@
 //! One binary for all of the crate's tests: linking it once is most of what several would cost.
 
+mod aft;
 mod channel;
 mod conformance;
 mod differences;
@@ -7,6 +8,7 @@ mod features_conformance;
 mod features_golden;
 mod features_gradients;
 mod features_properties;
+mod gated_features;
 mod golden;
 mod golden_cases;
 mod kernelised;

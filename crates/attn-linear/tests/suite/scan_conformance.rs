@@ -44,6 +44,16 @@ fn aft_simple_keeps_its_promises() {
 }
 
 #[test]
+fn aft_full_keeps_its_promises() {
+    check("aft-full", &[("slope", "1.5")]);
+}
+
+#[test]
+fn aft_local_keeps_its_promises() {
+    check("aft-local", &[("window", "1"), ("window", "7")]);
+}
+
+#[test]
 fn rglru_keeps_its_promises() {
     check("rglru", &[]);
 }

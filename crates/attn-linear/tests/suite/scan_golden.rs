@@ -41,6 +41,18 @@ fn aft_simple_equals_aft_pytorch() {
 }
 
 #[test]
+fn aft_full_equals_aft_pytorch() {
+    let cases = cases("aft", "full");
+    assert_eq!(cases.len(), 6);
+    for case in cases {
+        let options = Options::new().with("causal", &case.options["causal"]);
+        check(&case, "aft-full", &options);
+        // A window that holds every pair is none.
+        check(&case, "aft-local", &options.with("window", 64));
+    }
+}
+
+#[test]
 fn rglru_equals_transformers() {
     let cases = cases("rglru", "");
     assert_eq!(cases.len(), 2);

@@ -14,8 +14,12 @@ fn gradients_equal_finite_differences() {
         let entry = *find(&registry(), name).unwrap();
         for (seed, shape) in [shape, narrow].into_iter().enumerate() {
             differences::check(&entry, &Options::new(), shape, seed as u64);
+            if name.starts_with("aft") {
+                differences::check(&entry, &Options::new().with("causal", true), shape, seed as u64);
+            }
         }
     }
 }
 
-const NAMES: &[&str] = &["hgrn", "mingru", "rglru", "mamba1", "longhorn", "rwkv4", "aft-simple"];
+const NAMES: &[&str] =
+    &["hgrn", "mingru", "rglru", "mamba1", "longhorn", "rwkv4", "aft-simple", "aft-full", "aft-local"];

@@ -5,13 +5,13 @@ use attn_core::simd::Simd;
 use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, product, transpose};
 use attn_core::view::Rows;
 
-pub(super) fn pad(width: usize) -> usize {
+pub(crate) fn pad(width: usize) -> usize {
     width.next_multiple_of(MAX_LANES)
 }
 
 /// `C (+)= X B`, `X [len, k]`, `B [k, n]` in rows of `pad(n)`, `C [len, n]`.
 #[inline(always)]
-pub(super) fn rows<S: Simd>(
+pub(crate) fn rows<S: Simd>(
     simd: S,
     [len, n, k]: [usize; 3],
     x: Panel<'_>,
@@ -31,7 +31,7 @@ pub(super) fn rows<S: Simd>(
 
 /// `C (+)= X^T Y` over `len` rows, `C [m, n]` in rows of `stride`.
 #[inline(always)]
-pub(super) fn outer<S: Simd>(
+pub(crate) fn outer<S: Simd>(
     simd: S,
     [m, n, len]: [usize; 3],
     (x, y): (Panel<'_>, Panel<'_>),
@@ -50,7 +50,7 @@ pub(super) fn outer<S: Simd>(
 
 /// The transpose of `x [len, width]`, in rows of `pad(len)`.
 #[inline(always)]
-pub(super) fn turned<'a, S: Simd>(
+pub(crate) fn turned<'a, S: Simd>(
     simd: S,
     (data, len, width): (&[f32], usize, usize),
     out: &'a mut [f32],

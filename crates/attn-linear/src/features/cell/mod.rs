@@ -1,0 +1,452 @@
+//! Kernelised attention as a cell: features, the chunk form, the normaliser; forwards and backwards.
+//!
+//! With features `p_i = phi(q_i)`, `r_j = phi(k_j)`, values with a one behind them `v'_j = [v_j, 1]` (so that the last column of
+//! every sum is the sum of weights), and the state `S' = sum_j r_j v'_j^T` before the piece:
+//!
+//! ```text
+//! A_ij = w_ij p_i . r_j for j <= i      N' = f o (P S') + A V'      o_i of N' = [N, D]: see [`quotient`]
+//! S' <- f_len S' + R^T (e o V')
+//! ```
+//!
+//! where `w_ij`, `f_i` and `e_j` are 1 without gates, see [`fading`]. In the first piece, where a query may see hardly more than
+//! one key, values in `A V'` are taken relative to the first of all, `m`, and those of the state made so by `N - D m`. Backwards, with `(dN, dD)` the gradients by a row of `N'`, `dN' = [dN, dD]`,
+//! `dN* = [dN, dD - dN . m]` and `G` the gradient by the state after the piece:
+//!
+//! ```text
+//! dA = dN' (V' - m)^T      dP = (w o dA) R + f o (dN* S'^T)      dR = (w o dA)^T P + e o (V' G^T)      dV = A^T dN + e o (R G)
+//! G <- f_len G + P^T (f o dN*)
+//! ```
+//!
+//! Without `causal` keys are absorbed first ([`Part::Absorb`]), their values relative to the mean of all, and all queries
+//! read the same state ([`Part::Read`]).
+//!
+//! Source: Katharopoulos et al. 2020.
+
+mod fading;
+mod matrices;
+mod quotient;
+
+use super::maps::{Map, Place, Side};
+use super::{Gate, Normaliser};
+use crate::elementwise::front_panels as panels;
+use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
+use crate::scan::gemm::{outer, pad, rows};
+use attn_core::simd::Simd;
+use attn_core::tile::{Start, transpose};
+use attn_core::view::Rows;
+use fading::Fading;
+use matrices::Chunk;
+use quotient::Divisor;
+
+/// What a cell does with tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Reads `q, k, v` and, where gates are given, one number a token: a query sees the keys up to its own.
+    Causal,
+    /// Reads `k, v`: they go into the state; there is no output.
+    Absorb,
+    /// Reads `q`; the state stays as it is.
+    Read,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(super) struct FeatureCell {
+    pub(crate) part: Part,
+    pub(crate) queries: Map,
+    pub(crate) keys: Map,
+    pub(crate) normaliser: Normaliser,
+    /// Multiplies the features of queries.
+    pub(crate) scale: f32,
+    pub(crate) gate: Gate,
+    pub(crate) key_dim: usize,
+    pub(crate) value_dim: usize,
+    /// What keys' exponents are lowered by: `[sequences, heads of keys][one or one a feature, padded]`, or empty.
+    pub(crate) shifts: Vec<Vec<f32>>,
+    /// What values are taken relative to without `causal`: `[sequences, heads of keys][value_dim]`, or empty.
+    pub(crate) references: Vec<Vec<f32>>,
+    /// Heads of the output, and of the keys among them.
+    pub(crate) heads: (usize, usize),
+}
+
+/// Most tokens of a piece.
+const PIECE: usize = 64;
+
+impl FeatureCell {
+    pub(crate) fn features(&self) -> usize {
+        self.keys.width(self.key_dim)
+    }
+
+    /// Columns of the state.
+    pub(crate) fn columns(&self) -> usize {
+        self.value_dim + usize::from(self.normaliser.divides())
+    }
+
+    /// Of all heads, the keys' heads that a piece reads.
+    fn key_head(&self, piece: Piece<'_>) -> usize {
+        // Absorbing runs over the heads of keys.
+        let group = if self.part == Part::Absorb { 1 } else { self.heads.0 / self.heads.1.max(1) };
+        piece.batch * self.heads.1 + piece.head / group
+    }
+
+    fn place<'a>(&'a self, piece: Piece<'_>, side: Side) -> Place<'a> {
+        let shift = if side == Side::Query || self.shifts.is_empty() {
+            &[]
+        } else {
+            &self.shifts[self.key_head(piece)][..]
+        };
+        Place { side, head: piece.head, first: piece.first, len: piece.len, shift }
+    }
+
+    fn map_scratch(&self, len: usize) -> usize {
+        self.queries.scratch(self.key_dim, len).max(self.keys.scratch(self.key_dim, len))
+    }
+
+    /// Queries' features, scaled.
+    #[inline(always)]
+    fn read_features<S: Simd>(&self, simd: S, piece: Piece<'_>, mut out: PanelMut<'_>, scratch: &mut [f32]) {
+        let at = self.place(piece, Side::Query);
+        self.queries.apply(simd, at, (piece.inputs[0], self.key_dim), again(&mut out), scratch);
+        if self.scale != 1.0 {
+            (0..piece.len).for_each(|t| out.row(t).iter_mut().for_each(|x| *x *= self.scale));
+        }
+    }
+
+    /// What values are taken relative to, `[value_dim]`: 0 where weights are not normalised.
+    #[inline(always)]
+    fn reference(&self, piece: Piece<'_>, out: &mut [f32]) {
+        match self.part {
+            _ if !matches!(
+                self.normaliser,
+                Normaliser::Plus(_) | Normaliser::AtLeast(_) | Normaliser::EachPlus(_)
+            ) =>
+            {
+                out.fill(0.0);
+            }
+            // Further on averages are of many values.
+            Part::Causal if piece.first > 0 => out.fill(0.0),
+            Part::Causal => {
+                let first = self.key_value(piece).1.row(0);
+                out.iter_mut().zip(first).for_each(|(m, v)| *m = if v.is_finite() { *v } else { 0.0 });
+            }
+            _ if self.references.is_empty() => out.fill(0.0),
+            _ => out.copy_from_slice(&self.references[self.key_head(piece)]),
+        }
+    }
+
+    /// Values less the reference, with their ones.
+    #[inline(always)]
+    fn values(&self, piece: Piece<'_>, reference: Option<&[f32]>, out: &mut PanelMut<'_>) {
+        let v = self.key_value(piece).1;
+        for t in 0..piece.len {
+            let row = out.row(t);
+            row[..self.value_dim].copy_from_slice(&v.row(t)[..self.value_dim]);
+            if let Some(reference) = reference {
+                row[..self.value_dim].iter_mut().zip(reference).for_each(|(v, m)| *v -= m);
+            }
+            row[self.value_dim..].fill(1.0);
+        }
+    }
+
+    /// The gates of a piece, if there are any.
+    #[inline(always)]
+    fn fading<'s>(&self, piece: Piece<'_>, scratch: &'s mut [f32]) -> Option<Fading<'s>> {
+        match self.gate {
+            _ if self.part != Part::Causal => None,
+            Gate::None => None,
+            Gate::Constant(r) => Some(Fading::new(piece.len, |_| r, scratch)),
+            Gate::Given => Some(Fading::new(piece.len, |t| piece.inputs[3].row(t)[0], scratch)),
+        }
+    }
+
+    /// The reads of the state, `[len, columns]`, faded.
+    #[inline(always)]
+    fn read_state<S: Simd>(
+        &self,
+        simd: S,
+        len: usize,
+        p: Panel<'_>,
+        state: &[f32],
+        fading: Option<&Fading<'_>>,
+        n: &mut PanelMut<'_>,
+    ) {
+        let (f, c) = (self.features(), self.columns());
+        rows(simd, [len, c, f], p, state, n, Start::Zero);
+        if let Some(fading) = fading {
+            scale_rows(n, fading.past);
+        }
+    }
+
+    /// Makes the reads of the state relative to the reference.
+    #[inline(always)]
+    fn centre(&self, len: usize, reference: &[f32], n: &mut PanelMut<'_>) {
+        if self.part != Part::Causal || !self.normaliser.divides() {
+            return;
+        }
+        for t in 0..len {
+            let row = n.row(t);
+            let d = row[self.value_dim];
+            row[..self.value_dim].iter_mut().zip(reference).for_each(|(n, m)| *n -= d * m);
+        }
+    }
+
+    fn key_value<'a>(&self, piece: Piece<'a>) -> (Panel<'a>, Panel<'a>) {
+        let at = usize::from(self.part == Part::Causal);
+        (piece.inputs[at], piece.inputs[at + 1])
+    }
+
+    /// `D` of a row of `N'`.
+    #[inline(always)]
+    fn sum_of_weights(&self, n: &[f32]) -> f32 {
+        if self.normaliser.divides() { n[self.value_dim] } else { 0.0 }
+    }
+}
+
+/// The same panel for a shorter time.
+#[inline(always)]
+fn again<'a>(panel: &'a mut PanelMut<'_>) -> PanelMut<'a> {
+    PanelMut { data: &mut *panel.data, stride: panel.stride }
+}
+
+/// Multiplies row `t` by `by[t]`.
+#[inline(always)]
+fn scale_rows(panel: &mut PanelMut<'_>, by: &[f32]) {
+    by.iter().enumerate().for_each(|(t, by)| panel.row(t).iter_mut().for_each(|x| *x *= by));
+}
+
+/// `sum x y`.
+#[inline(always)]
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+impl Cell for FeatureCell {
+    fn inputs(&self) -> Vec<usize> {
+        match self.part {
+            Part::Causal if self.gate == Gate::Given => vec![self.key_dim, self.key_dim, self.value_dim, 1],
+            Part::Causal => vec![self.key_dim, self.key_dim, self.value_dim],
+            Part::Absorb => vec![self.key_dim, self.value_dim],
+            Part::Read => vec![self.key_dim],
+        }
+    }
+
+    fn out_width(&self) -> usize {
+        self.value_dim
+    }
+
+    fn state(&self) -> Vec<[usize; 2]> {
+        vec![[self.features(), self.columns()]]
+    }
+
+    /// By what queries' features learn, then keys'.
+    fn params(&self) -> usize {
+        self.queries.params(self.key_dim) + self.keys.params(self.key_dim)
+    }
+
+    fn piece_len(&self) -> usize {
+        PIECE
+    }
+
+    fn scratch(&self, len: usize) -> usize {
+        let (f, c) = (self.features(), self.columns());
+        len * (4 * pad(f) + 6 * pad(c) + 3 * pad(len) + 2)
+            + Fading::scratch(len)
+            + self.value_dim
+            + pad(len) * f.max(c)
+            + c * pad(f)
+            + self.map_scratch(len)
+    }
+
+    #[inline(always)]
+    fn forward<S: Simd>(
+        &self,
+        simd: S,
+        piece: Piece<'_>,
+        state: &mut [&mut [f32]],
+        mut out: PanelMut<'_>,
+        scratch: &mut [f32],
+    ) {
+        let (len, f, c) = (piece.len, self.features(), self.columns());
+        let (map, scratch) = scratch.split_at_mut(self.map_scratch(len));
+        let (features, scratch) = scratch.split_at_mut(2 * len * pad(f));
+        let (sums, scratch) = scratch.split_at_mut(2 * len * pad(c));
+        let (weights, scratch) = scratch.split_at_mut(2 * len * pad(len));
+        let (gates, scratch) = scratch.split_at_mut(Fading::scratch(len));
+        let (reference, turned) = scratch.split_at_mut(self.value_dim);
+        let [mut p, mut r] = panels(features, len, pad(f));
+        let [mut n, mut v] = panels(sums, len, pad(c));
+        let [mut a, mut w] = panels(weights, len, pad(len));
+        let fading = self.fading(piece, gates);
+        let chunk = Chunk { len, features: f, columns: c, value_dim: self.value_dim };
+        self.reference(piece, reference);
+        if self.part != Part::Read {
+            let k = self.key_value(piece).0;
+            self.keys.apply(simd, self.place(piece, Side::Key), (k, self.key_dim), again(&mut r), map);
+            self.values(piece, Some(reference), &mut v);
+        }
+        if self.part != Part::Absorb {
+            self.read_features(simd, piece, again(&mut p), map);
+            self.read_state(simd, len, p.as_panel(), state[0], fading.as_ref(), &mut n);
+            self.centre(len, reference, &mut n);
+        }
+        if self.part == Part::Causal {
+            chunk.weights(simd, (p.as_panel(), r.as_panel()), turned, &mut a);
+            if let Some(fading) = &fading {
+                fading.weights(&mut w);
+                a.data.iter_mut().zip(&*w.data).for_each(|(a, w)| *a *= w);
+            }
+            chunk.mix(simd, (a.as_panel(), v.as_panel()), &mut n);
+            self.values(piece, None, &mut v);
+        }
+        if self.part != Part::Read {
+            if let Some(fading) = &fading {
+                let all = fading.all();
+                state[0].iter_mut().for_each(|s| *s *= all);
+                scale_rows(&mut r, fading.end);
+            }
+            outer(simd, [f, c, len], (r.as_panel(), v.as_panel()), (state[0], pad(c)), Start::Keep);
+        }
+        if self.part != Part::Absorb {
+            for t in 0..len {
+                let n = n.row(t);
+                let divisor = Divisor::new(self.normaliser, self.sum_of_weights(n), &p.row(t)[..f]);
+                divisor.divide(n, reference, &mut out.row(t)[..self.value_dim]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn backward<S: Simd>(
+        &self,
+        simd: S,
+        piece: Piece<'_>,
+        state: &[&[f32]],
+        grads: PieceGrads<'_, '_>,
+        scratch: &mut [f32],
+    ) {
+        let (len, f, c) = (piece.len, self.features(), self.columns());
+        let (map, scratch) = scratch.split_at_mut(self.map_scratch(len));
+        let (features, scratch) = scratch.split_at_mut(4 * len * pad(f));
+        let (sums, scratch) = scratch.split_at_mut(6 * len * pad(c));
+        let (weights, scratch) = scratch.split_at_mut(3 * len * pad(len));
+        let (gates, scratch) = scratch.split_at_mut(Fading::scratch(len));
+        let (crossing, scratch) = scratch.split_at_mut(2 * len);
+        let (reads, writes) = crossing.split_at_mut(len);
+        let (reference, scratch) = scratch.split_at_mut(self.value_dim);
+        let (turned, state_turned) = scratch.split_at_mut(pad(len) * f.max(c));
+        let [mut p, mut r, mut dp, mut dr] = panels(features, len, pad(f));
+        let [mut n, mut v, mut dn, mut dv, mut held, mut d_held] = panels(sums, len, pad(c));
+        let [mut a, mut da, mut w] = panels(weights, len, pad(len));
+        let PieceGrads { out, state: grad_state, inputs, params } = grads;
+        let grad_state = &mut *grad_state[0];
+        let (query_params, key_params) = params.split_at_mut(self.queries.params(self.key_dim));
+        let fading = self.fading(piece, gates);
+        let chunk = Chunk { len, features: f, columns: c, value_dim: self.value_dim };
+        self.reference(piece, reference);
+
+        // Forwards again.
+        if self.part != Part::Read {
+            let k = self.key_value(piece).0;
+            self.keys.apply(simd, self.place(piece, Side::Key), (k, self.key_dim), again(&mut r), map);
+            self.values(piece, Some(reference), &mut v);
+        }
+        if self.part != Part::Absorb {
+            self.read_features(simd, piece, again(&mut p), map);
+            self.read_state(simd, len, p.as_panel(), state[0], fading.as_ref(), &mut held);
+            n.data.copy_from_slice(held.data);
+            self.centre(len, reference, &mut n);
+        }
+        if self.part == Part::Causal {
+            chunk.weights(simd, (p.as_panel(), r.as_panel()), turned, &mut a);
+            if let Some(fading) = &fading {
+                fading.weights(&mut w);
+                a.data.iter_mut().zip(&*w.data).for_each(|(a, w)| *a *= w);
+            }
+            chunk.mix(simd, (a.as_panel(), v.as_panel()), &mut n);
+        }
+
+        if self.part != Part::Absorb {
+            // By N' and, through the divisor, by features.
+            for t in 0..len {
+                let (n, p, dn) = (n.row(t), &p.row(t)[..f], dn.row(t));
+                let divisor = Divisor::new(self.normaliser, self.sum_of_weights(n), p);
+                let (values, one) = dn.split_at_mut(self.value_dim);
+                let (by_sum, by_divisor) = divisor.back(n, reference, &out.row(t)[..self.value_dim], values);
+                one.fill(by_sum);
+                let held = d_held.row(t);
+                held.copy_from_slice(dn);
+                if self.part == Part::Causal {
+                    let along = dot(&dn[..self.value_dim], reference);
+                    held[self.value_dim..].iter_mut().for_each(|d| *d -= along);
+                }
+                let each =
+                    if let Normaliser::EachPlus(eps) = self.normaliser { eps * by_divisor } else { 0.0 };
+                dp.row(t).fill(each);
+            }
+            if let Some(fading) = &fading {
+                // Reads are faded already.
+                (0..len).for_each(|t| reads[t] = dot(&held.row(t)[..c], &d_held.row(t)[..c]));
+                scale_rows(&mut d_held, fading.past);
+            }
+            transpose(simd, Rows::new(state[0], f, c, pad(c)), 1.0, state_turned, pad(f));
+            rows(simd, [len, f, c], d_held.as_panel(), state_turned, &mut dp, Start::Keep);
+        }
+        if self.part == Part::Causal {
+            transpose(simd, Rows::new(v.data, len, c, pad(c)), 1.0, turned, pad(len));
+            rows(simd, [len, len, c], dn.as_panel(), turned, &mut da, Start::Zero);
+            (0..len).for_each(|t| da.row(t)[t + 1..].fill(0.0));
+            self.values(piece, None, &mut v);
+        }
+        if self.part != Part::Read {
+            transpose(simd, Rows::new(grad_state, f, c, pad(c)), 1.0, state_turned, pad(f));
+            rows(simd, [len, f, c], v.as_panel(), state_turned, &mut dr, Start::Zero);
+            rows(simd, [len, c, f], r.as_panel(), grad_state, &mut dv, Start::Zero);
+            if let Some(fading) = &fading {
+                scale_rows(&mut dr, fading.end);
+                scale_rows(&mut dv, fading.end);
+                (0..len).for_each(|t| writes[t] = dot(&v.row(t)[..c], &dv.row(t)[..c]));
+                let all = fading.all();
+                let stays = all
+                    * (0..f)
+                        .map(|row| dot(&state[0][row * pad(c)..][..c], &grad_state[row * pad(c)..][..c]))
+                        .sum::<f32>();
+                grad_state.iter_mut().for_each(|g| *g *= all);
+                // Of A, times it; and that of the scores before they faded.
+                for ((da, w), a) in da.data.iter_mut().zip(w.data.iter_mut()).zip(&*a.data) {
+                    (*da, *w) = (*da * *w, *da * a);
+                }
+                if self.gate == Gate::Given {
+                    fading.back(w.as_panel(), reads, writes, stays, again(&mut inputs[3]));
+                }
+            }
+            if self.part == Part::Causal {
+                rows(simd, [len, f, len], da.as_panel(), r.data, &mut dp, Start::Keep);
+                let by = (da.as_panel(), p.as_panel());
+                outer(simd, [len, f, len], by, (dr.data, pad(f)), Start::Keep);
+                let by = (a.as_panel(), dn.as_panel());
+                outer(simd, [len, c, len], by, (dv.data, pad(c)), Start::Keep);
+            }
+            let k = self.key_value(piece).0;
+            let at = usize::from(self.part == Part::Causal);
+            for t in 0..len {
+                inputs[at + 1].row(t)[..self.value_dim].copy_from_slice(&dv.row(t)[..self.value_dim]);
+            }
+            let by = (r.as_panel(), dr.as_panel());
+            let dk = again(&mut inputs[at]);
+            self.keys.back(simd, self.place(piece, Side::Key), (k, self.key_dim), by, dk, (key_params, map));
+        }
+        if self.part != Part::Absorb {
+            let by = (p.as_panel(), d_held.as_panel());
+            outer(simd, [f, c, len], by, (grad_state, pad(c)), Start::Keep);
+            if self.scale != 1.0 {
+                for t in 0..len {
+                    dp.row(t).iter_mut().for_each(|x| *x *= self.scale);
+                    p.row(t).iter_mut().for_each(|x| *x /= self.scale);
+                }
+            }
+            let at = self.place(piece, Side::Query);
+            let (q, by) = (piece.inputs[0], (p.as_panel(), dp.as_panel()));
+            self.queries.back(simd, at, (q, self.key_dim), by, again(&mut inputs[0]), (query_params, map));
+        }
+    }
+}
