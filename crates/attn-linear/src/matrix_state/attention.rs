@@ -2,11 +2,12 @@
 
 use super::definition::definition;
 use super::gradients::{Gradients, backward, backward_into};
-use super::head::blind;
+use super::head::{blind, chunk_len};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
 use super::run::{Workspace, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
+use super::windows;
 use attn_core::exact::Reference;
 use attn_core::registry::{NamedTensor, NamedTensors};
 use attn_core::{
@@ -216,9 +217,13 @@ impl<V: StateVariant> Attention for StateAttention<V> {
         let Ok(plan) = self.variant.plan(&sizes) else { return Cost::default() };
         let heads = (shape.batch * shape.n_heads_q) as u64;
         let flops = plan.flops(&sizes);
-        let threads = heads.min(rayon::current_num_threads() as u64);
+        let threads = rayon::current_num_threads();
+        let alone = windows::fit(&plan)
+            && windows::pay(heads as usize, shape.n_q / chunk_len(&plan, &sizes), threads);
+        let (threads, window) =
+            if alone { (threads as u64, windows::bytes(&plan)) } else { (heads.min(threads as u64), 0) };
         let allocated =
-            threads * Workspace::bytes(&plan, &sizes, dtype) + 4 * heads * plan.memory_len() as u64;
+            threads * Workspace::bytes(&plan, &sizes, dtype) + 4 * heads * plan.memory_len() as u64 + window;
         Cost::of(shape, dtype, heads * flops, allocated)
     }
 

@@ -181,9 +181,12 @@ impl Block<'_> {
     #[inline(always)]
     fn up<S: Simd, const I: usize>(&self, simd: S, x: &mut [S::f32s; BLOCK]) {
         let known = x[I];
-        let p = &self.p[I * self.stride..][..I];
-        for j in 0..I {
-            x[j] = S::f32s::splat(simd, p[j]).mul_add(known, x[j]);
+        let p = &self.p[I * self.stride..][..BLOCK];
+        // A fixed number of steps is unrolled.
+        for j in 0..BLOCK - 1 {
+            if j < I {
+                x[j] = S::f32s::splat(simd, p[j]).mul_add(known, x[j]);
+            }
         }
     }
 

@@ -11,7 +11,6 @@ use super::lanes::{across, dot};
 use super::weights::{cumulate, losses};
 use super::{Decay, Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
 
 /// Some tokens, one after another.
 pub(super) struct Steps<'a> {
@@ -83,16 +82,40 @@ fn fade_losses<S: Simd>(simd: S, chunk: &Piece<'_>, w: usize, x: &mut Scratch) {
     }
 }
 
+/// `out = row^T state`, row after row of the state.
 #[inline(always)]
 fn read_state<S: Simd>(simd: S, o: &Options, row: &[f32], state: &[f32], out: &mut [f32]) {
-    product(
-        simd,
-        [1, o.value_dim, o.key_dim],
-        Lhs { data: row, row_stride: o.key_dim, col_stride: 1 },
-        Rhs { data: state, stride: o.value_dim },
-        TileMut { data: out, stride: o.value_dim },
-        Start::Zero,
-    );
+    let (width, lanes) = (o.value_dim, S::f32s::LEN);
+    let mut j = 0;
+    while j + 8 * lanes <= width {
+        read_columns::<S, 8>(simd, row, &state[j..], width, &mut out[j..]);
+        j += 8 * lanes;
+    }
+    while j + 4 * lanes <= width {
+        read_columns::<S, 4>(simd, row, &state[j..], width, &mut out[j..]);
+        j += 4 * lanes;
+    }
+    while j + lanes <= width {
+        read_columns::<S, 1>(simd, row, &state[j..], width, &mut out[j..]);
+        j += lanes;
+    }
+    for j in j..width {
+        out[j] = row.iter().zip(state[j..].iter().step_by(width)).map(|(x, s)| x * s).sum();
+    }
+}
+
+/// `N` vectors of columns of [`read_state`].
+#[inline(always)]
+fn read_columns<S: Simd, const N: usize>(simd: S, row: &[f32], state: &[f32], width: usize, out: &mut [f32]) {
+    let lanes = S::f32s::LEN;
+    let mut sums = [S::f32s::splat(simd, 0.0); N];
+    for (x, s) in row.iter().zip(state.chunks(width)) {
+        let (x, s) = (S::f32s::splat(simd, *x), &s[..N * lanes]);
+        for (n, sum) in sums.iter_mut().enumerate() {
+            *sum = x.mul_add(S::f32s::from_slice(simd, &s[n * lanes..][..lanes]), *sum);
+        }
+    }
+    sums.iter().zip(out.chunks_exact_mut(lanes)).for_each(|(sum, out)| sum.store_slice(out));
 }
 
 /// What the erase of write `w` reads, into its row of `solved`; tied, with the value added.

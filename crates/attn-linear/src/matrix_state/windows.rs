@@ -184,12 +184,12 @@ impl<'a, E: Element> Windows<'a, '_, E> {
                     let tokens =
                         step.tokens.start - steps[0].tokens.start..step.tokens.end - steps[0].tokens.start;
                     let x = rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
-                    let parts = pauses(&o, tokens.len()) - o.key_dim.div_ceil(BLOCK);
-                    let mut next = steps.get(at + 1).map(|next| rows.ahead(next, parts));
+                    let pauses = pauses(&o, tokens.len()) - o.key_dim.div_ceil(BLOCK);
+                    let mut next = steps.get(at + 1).map(|next| rows.ahead(next, pauses));
                     let mut these = tokens.clone();
                     let mut ahead = || {
                         next.iter_mut().for_each(Coming::fetch);
-                        let some = these.by_ref().take(tokens.len().div_ceil(parts));
+                        let some = these.by_ref().take(tokens.len().div_ceil(pauses.max(1)));
                         some.for_each(|i| prefetch(out.row_mut(i)));
                     };
                     let wanted = Wanted::ReadsAlone;
@@ -229,8 +229,8 @@ impl Changes<'_> {
         let width = o.decay_width();
         for (at, step) in steps.iter().enumerate() {
             let x = rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
-            let parts = o.key_dim.div_ceil(BLOCK);
-            let mut next = steps.get(at + 1).map(|next| rows.ahead(next, parts).without_queries());
+            let pauses = o.key_dim.div_ceil(BLOCK);
+            let mut next = steps.get(at + 1).map(|next| rows.ahead(next, pauses).without_queries());
             let mut ahead = || next.iter_mut().for_each(Coming::fetch);
             w.stages.run(call.variant, call.plan, &x, &mut change, Wanted::Change, &mut ahead);
             losses[at * width..][..width].copy_from_slice(w.stages.engines[0].loss());
