@@ -51,7 +51,7 @@ pub(super) fn fit(plan: &Plan) -> bool {
 
 /// Whether so many heads leave threads without work that their chunks have.
 pub(super) fn pay(heads: usize, chunks: usize, threads: usize) -> bool {
-    heads > 0 && heads < 4 * threads && heads % threads != 0 && chunks >= MIN_CHUNKS * threads
+    heads > 0 && heads < 4 * threads && !heads.is_multiple_of(threads) && chunks >= MIN_CHUNKS * threads
 }
 
 /// Groups of a window.
