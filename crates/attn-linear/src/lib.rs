@@ -24,6 +24,7 @@ mod linear_elu;
 pub mod low_rank;
 pub mod matrix_state;
 mod named;
+mod packed;
 pub mod recurrent;
 mod registry;
 mod retnet;

@@ -16,7 +16,7 @@ use super::front::panels;
 use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
 use crate::scan::math::{exp, loss};
 use crate::scan::outer::{Outer, OuterGrads, OuterLoss};
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::simd::{Simd, SimdBase};
 use attn_core::tile::MAX_LANES;
 use attn_core::{AttnError, OutMut, Result, TensorView};
@@ -45,6 +45,9 @@ pub struct Mamba1Inputs<'a> {
     pub d: Option<&'a [f32]>,
     /// `[heads, width]`.
     pub dt_bias: Option<&'a [f32]>,
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`Mamba1Inputs`], of their shapes, and by the initial state `[batch, heads, state, width]`.
@@ -94,7 +97,7 @@ impl<'a> Mamba1Inputs<'a> {
     fn tokens(&self, cell: &Mamba1Cell) -> Result<Tokens<'a>> {
         let mut all = vec![("c", self.c), ("b", self.b), ("u", self.u), ("dt", self.dt)];
         all.extend(self.z.map(|z| ("z", z)));
-        Tokens::new(cell, &all)
+        Tokens::new(cell, &all)?.packed(self.cu_seqlens)
     }
 }
 
@@ -105,7 +108,7 @@ impl Mamba1 {
     /// [`AttnError::Shape`] for channel parameters of another length.
     pub fn state(inputs: &Mamba1Inputs<'_>) -> Result<ScanState> {
         let [batch, heads, ..] = inputs.u.shape();
-        Ok(ScanState::new(&inputs.cell()?, batch, heads))
+        Ok(ScanState::new(&inputs.cell()?, sequences_of(inputs.cu_seqlens, batch), heads))
     }
 
     /// Writes `out (batch, heads, length, width)`; `state` moves to the end.

@@ -155,6 +155,13 @@ impl Memory {
         Ok(all)
     }
 
+    /// The memory of every `n`-th batch entry from `first` on: that of one of `n` packed sequences.
+    pub(super) fn of_sequence(&self, first: usize, n: usize) -> Self {
+        let entry = (self.heads * self.len).max(1);
+        let data = self.data.chunks_exact(entry).skip(first).step_by(n).flatten().copied().collect();
+        Self { batch: self.batch / n, parts: self.parts.clone(), data, ..*self }
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         size_of_val(&self.data[..])

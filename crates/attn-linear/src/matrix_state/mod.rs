@@ -34,6 +34,7 @@ mod momentum;
 pub mod naive;
 mod oja;
 mod options;
+mod packed;
 mod recurrence;
 mod regression;
 mod run;

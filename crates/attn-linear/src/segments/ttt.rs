@@ -17,7 +17,7 @@
 use crate::elementwise::front_panels as panels;
 use crate::scan::cell::{Cell, PanelMut, Piece, PieceGrads};
 use crate::scan::gemm::{outer, pad, rows, turned};
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::simd::Simd;
 use attn_core::tile::Start;
 use attn_core::{AttnError, OutMut, Result, TensorView};
@@ -54,6 +54,9 @@ pub struct TttInputs<'a> {
     pub norm_weight: &'a [f32],
     /// `b [heads, width]`.
     pub norm_bias: &'a [f32],
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`TttInputs`], of their shapes, and by the initial state.
@@ -104,7 +107,7 @@ impl TttLinear {
     /// [`AttnError`] naming the option or parameter that does not fit.
     pub fn state(&self, inputs: &TttInputs<'_>) -> Result<ScanState> {
         let [batch, heads, ..] = inputs.v.shape();
-        Ok(ScanState::new(&self.cell_of(inputs)?, batch, heads))
+        Ok(ScanState::new(&self.cell_of(inputs)?, sequences_of(inputs.cu_seqlens, batch), heads))
     }
 
     /// Writes `out (batch, heads, length, width)`; `state` moves to the end.
@@ -150,7 +153,8 @@ impl TttLinear {
 
 impl<'a> TttInputs<'a> {
     fn tokens(&self, cell: &TttCell) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("q", self.q), ("k", self.k), ("v", self.v), ("eta", self.eta)])
+        Tokens::new(cell, &[("q", self.q), ("k", self.k), ("v", self.v), ("eta", self.eta)])?
+            .packed(self.cu_seqlens)
     }
 }
 
