@@ -32,6 +32,7 @@ mod lanes;
 mod memory;
 mod momentum;
 pub mod naive;
+mod named;
 mod oja;
 mod options;
 mod packed;

@@ -23,3 +23,6 @@ mod scan_golden;
 mod scan_gradients;
 mod scan_properties;
 mod segments;
+#[cfg(feature = "candle")]
+mod tensors;
+mod typed;
