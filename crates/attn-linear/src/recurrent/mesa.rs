@@ -6,8 +6,8 @@ use crate::matrix_state::{
     Chunk, Decay, Extra, Options, Part, Plan, Pull, Reads, Recurrence, Sizes, StateVariant, Tokens, Width,
     copy, copy_or,
 };
-use attn_core::registry::OptionSpec;
 use attn_core::Result;
+use attn_core::registry::OptionSpec;
 
 /// MesaNet: the least-squares fit of the values so far, solved at every token:
 ///
