@@ -24,7 +24,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 use std::time::{Duration, Instant};
 
-const STEPS: usize = 250;
+const STEPS: usize = 150;
 const BATCH: usize = 32;
 /// Keys are the tokens `0..SYMBOLS`, values those behind them.
 const SYMBOLS: usize = 8;
@@ -189,7 +189,7 @@ fn main() -> Result<()> {
     for step in 0..STEPS {
         let (tokens, places, wanted) = recall(&mut rng)?;
         let (a, b) = (delta.step(&tokens, &places, &wanted)?, linear.step(&tokens, &places, &wanted)?);
-        if step % 25 == 0 || step + 1 == STEPS {
+        if step % 15 == 0 || step + 1 == STEPS {
             println!("{step:4} | {:7.4}  {:6.1}% | {:7.4}  {:6.1}%", a.0, 100.0 * a.1, b.0, 100.0 * b.1);
         }
     }
