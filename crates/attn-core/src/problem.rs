@@ -231,6 +231,15 @@ impl OutMut<'_> {
         }
     }
 
+    /// Sets every element to zero.
+    pub fn fill_zero(&mut self) {
+        match self {
+            Self::F32(view) => view.fill_zero(),
+            Self::Bf16(view) => view.fill_zero(),
+            Self::F16(view) => view.fill_zero(),
+        }
+    }
+
     /// Storage type.
     pub fn dtype(&self) -> DType {
         match self {

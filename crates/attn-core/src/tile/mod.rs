@@ -9,6 +9,7 @@
 //! | [`widen`] | bf16, f16 or f32 rows into f32, a number at a time |
 //! | [`read_rows`] | bf16, f16, int8 or f32 rows into f32, in vectors |
 //! | [`Stored`] | four vectors of any storage type, in registers |
+//! | [`touch`] | asks for a row's cache lines in order |
 //! | [`all_finite`] | whether no number is NaN or infinite |
 //!
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
@@ -18,13 +19,15 @@ mod convert;
 mod dot_bf16;
 mod exp;
 mod product;
+mod touch;
 mod transpose;
 
 pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
-pub use exp::exp2;
+pub use exp::{exp2, exp2_overflows};
 
 pub use product::{Lhs, Rhs, Start, TileMut, product};
+pub use touch::touch;
 pub use transpose::{all_finite, transpose, widen};
 
 /// Floats in the widest vector of any instruction set: buffers whose rows hold lanes are padded to this.

@@ -99,6 +99,14 @@ impl<'a> Grads<'a> {
         Self { q, k, v, sinks: None, key_bias: None, bias: None, gamma_q: None, gamma_k: None }
     }
 
+    /// What a loss has that depends on no query.
+    fn fill_zero(self) {
+        let Self { q, k, v, sinks, key_bias, bias, gamma_q, gamma_k } = self;
+        [q, k, v].into_iter().for_each(|mut grad| grad.fill_zero());
+        let bias = bias.map(|(_, grad)| grad);
+        [sinks, key_bias, bias, gamma_q, gamma_k].into_iter().flatten().for_each(|grad| grad.fill(0.0));
+    }
+
     fn check<M: ?Sized, C: ?Sized>(&self, shape: &AttnShape, spec: &Spec<'_, M, C>) -> Result<()> {
         check_shape("grad_q", self.q.shape(), shape.q())?;
         check_shape("grad_k", self.k.shape(), shape.k())?;
@@ -272,6 +280,9 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     spec: &Spec<'_, M, C>,
 ) {
     let shape = problem.shape();
+    if shape.rows() == 0 {
+        return grads.fill_zero();
+    }
     let Grads { q, k, v, sinks, key_bias, bias, gamma_q, gamma_k } = grads;
     let pass = Pass {
         problem,

@@ -3,140 +3,13 @@
 //! Channels are taken in [`Groups`] of four vectors, keys one vector of scores at a time.
 
 use super::super::rows::HeadRows;
+use super::groups::Groups;
+use super::weights::{Running, Scales, weigh};
 use super::{BLOCK, FEW};
 use attn_core::simd::{Simd, SimdBase, SimdFloat};
-use attn_core::tile::{MAX_LANES, Stored, exp2};
+use attn_core::tile::{MAX_LANES, Stored, touch};
 use attn_core::view::Rows;
-use std::f32::consts::LOG2_E;
 use std::ops::Range;
-
-/// Channels in groups of four vectors. Where the width is no multiple of a group, the last group ends with the last
-/// channel and begins with some that the group before has too: queries hold zeros there, and what the accumulators get
-/// there is not used. A head that is narrower than a group is filled up with zeros.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Groups {
-    width: usize,
-    /// Channels of a group.
-    step: usize,
-    len: usize,
-}
-
-impl Groups {
-    #[inline(always)]
-    pub(super) fn of<S: Simd>(width: usize) -> Self {
-        let step = 4 * S::f32s::LEN;
-        Self { width, step, len: width.div_ceil(step) }
-    }
-
-    /// Numbers that all groups hold together.
-    pub(super) fn numbers(self) -> usize {
-        self.len * self.step
-    }
-
-    pub(super) fn is_narrow(self) -> bool {
-        self.width < self.step
-    }
-
-    /// First channel of group `g`.
-    #[inline(always)]
-    fn start(self, g: usize) -> usize {
-        (g * self.step).min(self.width.saturating_sub(self.step))
-    }
-
-    /// Channels of the last group that the group before has too.
-    fn overlap(self) -> usize {
-        if self.is_narrow() { 0 } else { self.numbers() - self.width }
-    }
-
-    /// Where channel `c` lies among the numbers.
-    pub(super) fn place(self, c: usize) -> usize {
-        if c / self.step + 1 == self.len { c + self.overlap() } else { c }
-    }
-
-    /// Brings `[width]` numbers to their places, with zeros in all other ones.
-    pub(super) fn spread(self, numbers: &mut [f32]) {
-        let last = self.numbers().saturating_sub(self.step);
-        numbers.copy_within(last..self.width, last + self.overlap());
-        numbers[last..last + self.overlap()].fill(0.0);
-    }
-
-    /// Brings the numbers back together.
-    pub(super) fn compact(self, numbers: &mut [f32]) -> &[f32] {
-        let last = self.numbers().saturating_sub(self.step);
-        numbers.copy_within(last + self.overlap()..last + self.overlap() + self.width - last, last);
-        &numbers[..self.width]
-    }
-}
-
-/// Running maximum and sum of one query, as in `online_softmax`.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Running {
-    pub(super) max: f32,
-    pub(super) sum: f32,
-}
-
-impl Running {
-    /// `m`, or 0 before anything was seen.
-    fn reference(&self) -> f32 {
-        if self.max == f32::NEG_INFINITY { 0.0 } else { self.max }
-    }
-}
-
-/// Turns the scores of one query into weights, and brings its sum and accumulator to the new reference.
-#[inline(always)]
-pub(super) fn weigh<S: Simd>(simd: S, scores: &mut [f32], running: &mut Running, acc: &mut [f32]) {
-    let mut max = S::f32s::splat(simd, f32::NEG_INFINITY);
-    each_vector(
-        simd,
-        scores,
-        #[inline(always)]
-        |scores| {
-            max = scores.max_precise(max);
-            scores
-        },
-    );
-    let max = max.reduce_max_precise();
-    if max > running.max {
-        let moved = Running { max, ..*running };
-        let factor = if running.sum == 0.0 { 0.0 } else { (running.max - moved.reference()).exp() };
-        running.sum *= factor;
-        let factor = S::f32s::splat(simd, factor);
-        for acc in acc.chunks_exact_mut(S::f32s::LEN) {
-            (S::f32s::from_slice(simd, acc) * factor).store_slice(acc);
-        }
-        running.max = max;
-    }
-    let reference = S::f32s::splat(simd, running.reference());
-    let mut sum = S::f32s::splat(simd, 0.0);
-    each_vector(
-        simd,
-        scores,
-        #[inline(always)]
-        |scores| {
-            let weight = exp2(simd, (scores - reference) * LOG2_E);
-            sum += weight;
-            weight
-        },
-    );
-    running.sum += sum.reduce_sum();
-}
-
-/// Replaces scores by what `change` makes of them, a vector at a time; the last one is filled up with -inf.
-#[inline(always)]
-fn each_vector<S: Simd>(simd: S, scores: &mut [f32], mut change: impl FnMut(S::f32s) -> S::f32s) {
-    let mut vectors = scores.chunks_exact_mut(S::f32s::LEN);
-    for scores in &mut vectors {
-        change(S::f32s::from_slice(simd, scores)).store_slice(scores);
-    }
-    let rest = vectors.into_remainder();
-    if !rest.is_empty() {
-        let mut padded = [f32::NEG_INFINITY; MAX_LANES];
-        padded[..rest.len()].copy_from_slice(rest);
-        let padded = &mut padded[..S::f32s::LEN];
-        change(S::f32s::from_slice(simd, padded)).store_slice(padded);
-        rest.copy_from_slice(&padded[..rest.len()]);
-    }
-}
 
 /// Work for `L` queries at a time, whatever the rows' storage type.
 pub(super) trait LaneOp {
@@ -150,34 +23,6 @@ pub(super) fn with_lanes<S: Simd>(n_lanes: usize, simd: S, op: impl LaneOp) {
         1 => op.run::<S, 1>(simd),
         2 => op.run::<S, 2>(simd),
         _ => op.run::<S, FEW>(simd),
-    }
-}
-
-/// What stored rows are to be multiplied with.
-#[derive(Debug, Clone, Copy)]
-struct Scales<'a> {
-    /// `[blocks, 1]`.
-    scales: Rows<'a, f32>,
-    block: usize,
-    first: usize,
-}
-
-impl Scales<'_> {
-    /// Multiplies `numbers[i]` with the scale of row `row + i`.
-    #[inline(always)]
-    fn apply(self, row: usize, numbers: &mut [f32]) {
-        let first = self.first + row;
-        let dense = self.scales.data().get(first..first + numbers.len());
-        if let Some(scales) = dense
-            && self.block == 1
-            && self.scales.stride() == 1
-        {
-            numbers.iter_mut().zip(scales).for_each(|(x, scale)| *x *= scale);
-            return;
-        }
-        for (i, x) in numbers.iter_mut().enumerate() {
-            *x *= self.scales.row((first + i) / self.block)[0];
-        }
     }
 }
 
@@ -220,14 +65,34 @@ impl Plain<'_, '_> {
         v: Rows<'_, E>,
         scales: Option<(Scales<'_>, Scales<'_>)>,
     ) {
+        match (Groups::of::<S>(k.width()).len, Groups::of::<S>(v.width()).len) {
+            // The loads of a known number of groups are put into an order of the compiler's own: `in_order` mends that for
+            // one query, for more of them it would cost more than it gives.
+            (1, 1) if L == 1 || !is_widest::<E>() => self.rows_in::<S, _, L, 1>(simd, k, v, scales),
+            (2, 2) if L == 1 || !is_widest::<E>() => self.rows_in::<S, _, L, 2>(simd, k, v, scales),
+            _ => self.rows_in::<S, _, L, 0>(simd, k, v, scales),
+        }
+    }
+
+    /// [`Self::rows`] for `G` groups of channels, or any number of them if `G` is 0.
+    #[inline(always)]
+    fn rows_in<S: Simd, E: Stored, const L: usize, const G: usize>(
+        self,
+        simd: S,
+        k: Rows<'_, E>,
+        v: Rows<'_, E>,
+        scales: Option<(Scales<'_>, Scales<'_>)>,
+    ) {
         let Self { q, running, scores, acc, .. } = self;
-        let numbers = Groups::of::<S>(v.width()).numbers();
         simd.vectorize(
             #[inline(always)]
             || {
+                let k_groups = Groups::known::<S, G>(k.width());
+                let v_groups = Groups::known::<S, G>(v.width());
+                let numbers = v_groups.numbers();
                 for first in (0..k.len()).step_by(S::f32s::LEN) {
                     let keys = first..(first + S::f32s::LEN).min(k.len());
-                    dots::<S, _, L>(simd, k, keys.clone(), q, scores);
+                    dots::<S, _, L>(simd, k_groups, k, keys.clone(), q, scores);
                     for (lane, running) in running.iter_mut().enumerate().take(L) {
                         let scores = &mut scores[lane * BLOCK..][..keys.len()];
                         if let Some((k_scales, _)) = scales {
@@ -238,7 +103,7 @@ impl Plain<'_, '_> {
                             v_scales.apply(first, scores);
                         }
                     }
-                    accumulate::<S, _, L>(simd, v, keys, scores, acc);
+                    accumulate::<S, _, L>(simd, v_groups, v, keys, scores, acc);
                 }
             },
         );
@@ -287,7 +152,8 @@ impl<const L: usize> RowsOp for ScoresOf<'_, L> {
         simd.vectorize(
             #[inline(always)]
             || {
-                dots::<S, _, L>(simd, rows, 0..rows.len(), self.q, self.scores);
+                let groups = Groups::of::<S>(rows.width());
+                dots::<S, _, L>(simd, groups, rows, 0..rows.len(), self.q, self.scores);
                 if let Some(scales) = scales {
                     (0..L).for_each(|l| scales.apply(0, &mut self.scores[l * BLOCK..][..rows.len()]));
                 }
@@ -324,9 +190,24 @@ impl<const L: usize> RowsOp for ValuesOf<'_, L> {
                 if let Some(scales) = scales {
                     (0..L).for_each(|l| scales.apply(0, &mut self.weights[l * BLOCK..][..rows.len()]));
                 }
-                accumulate::<S, _, L>(simd, rows, 0..rows.len(), self.weights, self.acc);
+                let groups = Groups::of::<S>(rows.width());
+                accumulate::<S, _, L>(simd, groups, rows, 0..rows.len(), self.weights, self.acc);
             },
         );
+    }
+}
+
+/// Whether rows are as long as rows get, and reading them all that counts.
+#[inline(always)]
+fn is_widest<E>() -> bool {
+    size_of::<E>() == size_of::<f32>()
+}
+
+/// Keeps the lines of a row in order where the loop waits for nothing else.
+#[inline(always)]
+fn in_order<E: Stored, const L: usize>(row: &[E]) {
+    if L == 1 && is_widest::<E>() {
+        touch(row);
     }
 }
 
@@ -334,12 +215,13 @@ impl<const L: usize> RowsOp for ValuesOf<'_, L> {
 #[inline(always)]
 fn dots<S: Simd, E: Stored, const L: usize>(
     simd: S,
+    groups: Groups,
     rows: Rows<'_, E>,
     keys: Range<usize>,
     q: &[f32],
     scores: &mut [f32],
 ) {
-    let (lanes, groups) = (S::f32s::LEN, Groups::of::<S>(rows.width()));
+    let lanes = S::f32s::LEN;
     for first in (0..keys.len()).step_by(lanes) {
         let n = lanes.min(keys.len() - first);
         let mut parts = [[S::f32s::splat(simd, 0.0); MAX_LANES]; L];
@@ -365,6 +247,7 @@ fn dots<S: Simd, E: Stored, const L: usize>(
 #[inline(always)]
 fn dot<S: Simd, E: Stored, const L: usize>(simd: S, row: &[E], groups: Groups, q: &[f32]) -> [S::f32s; L] {
     let (lanes, step) = (S::f32s::LEN, 4 * S::f32s::LEN);
+    in_order::<E, L>(row);
     let mut sums = [[S::f32s::splat(simd, 0.0); 2]; L];
     for g in 0..groups.len {
         let four = E::load4(simd, &row[groups.start(g)..][..step]);
@@ -399,12 +282,12 @@ fn lane_sums<S: Simd, V: SimdFloat<S>>(parts: &mut [V; MAX_LANES]) -> V {
 #[inline(always)]
 fn accumulate<S: Simd, E: Stored, const L: usize>(
     simd: S,
+    groups: Groups,
     rows: Rows<'_, E>,
     keys: Range<usize>,
     weights: &[f32],
     acc: &mut [f32],
 ) {
-    let groups = Groups::of::<S>(rows.width());
     let mut g = 0;
     while g < groups.len {
         let sum = Sum { rows: &rows, keys: keys.clone(), groups, g };
@@ -450,6 +333,7 @@ impl<E: Stored> Sum<'_, '_, E> {
         let starts: [usize; G] = std::array::from_fn(|g| self.groups.start(self.g + g));
         for (at, j) in self.keys.clone().enumerate() {
             let row = self.rows.row(j);
+            in_order::<E, L>(row);
             for (g, start) in starts.into_iter().enumerate() {
                 let four = E::load4(simd, &row[start..][..step]);
                 for (lane, sums) in sums.iter_mut().enumerate() {

@@ -1,6 +1,7 @@
 //! Everything a call takes, drawn from bytes.
 
 use super::bytes::Bytes;
+use super::gradients::Gradients;
 use super::masks::{MaskCase, align, window};
 use super::numbers::{all_finite, largest, numbers};
 use super::score_mods::ScoreCase;
@@ -40,6 +41,7 @@ pub struct Call {
     tiles: Option<(usize, usize)>,
     pub out: Tensor,
     pub lse: Option<Vec<f32>>,
+    pub gradients: Gradients,
 }
 
 /// The parts of a call that had to be built, which may fail.
@@ -134,6 +136,8 @@ impl Call {
         let layout = Layout::of(bytes, out_shape, repeats);
         let rows = out_shape[..3].iter().fold(1usize, |rows, n| rows.saturating_mul(*n));
         let lse = bytes.one_in(2).then(|| vec![super::tensor::LSE_CANARY; bytes.about(rows.min(1 << 16))]);
+        let lens = [&sinks, &key_bias].map(|numbers: &Option<Vec<f32>>| numbers.as_ref().map(Vec::len));
+        let gradients = Gradients::draw(bytes, &sequences, lens[0], lens[1]);
         Self {
             flash,
             masks,
@@ -145,6 +149,7 @@ impl Call {
             tiles,
             out: Tensor::untouched(dtype, layout),
             lse,
+            gradients,
             sequences,
         }
     }

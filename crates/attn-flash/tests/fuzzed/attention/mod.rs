@@ -5,10 +5,13 @@
 //! - else every row was written and nothing between rows, on every instruction set the CPU has;
 //! - numbers are those of the definition in f64, where the inputs are such that f32 can give them; infinities and NaN
 //!   stand exactly where the definition has them;
-//! - 1 and 2 threads give the same bits, with and without `lse`.
+//! - 1 and 2 threads give the same bits, with and without `lse`;
+//! - of its backward pass: it never panics, writes everything or, if it is refused, nothing, with the same bits by 1 and 2
+//!   threads.
 
 mod bytes;
 mod call;
+mod gradients;
 mod judge;
 mod masks;
 mod numbers;
@@ -23,6 +26,7 @@ use attn_core::{AttnError, Result};
 use attn_flash::FlashCall;
 use bytes::Bytes;
 use call::{Call, Parts};
+use gradients::Gradients;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::LazyLock;
 use tensor::Tensor;
@@ -111,7 +115,46 @@ impl Attempt<'_> {
             }
             truth.judge(isa, self.call, &written.out, written.lse.as_deref());
         }
+        if let Some(lse) = &first.lse {
+            self.check_backward(&first.out, lse);
+        }
         if truth.is_fair() { Outcome::Agreed } else { Outcome::Ran }
+    }
+
+    /// After a forward pass that gave `out` and `lse`.
+    fn check_backward(&self, out: &Tensor, lse: &[f32]) {
+        let untouched = self.call.gradients.bits();
+        let run = |pool: &ThreadPool| {
+            let mut gradients = self.call.gradients.clone();
+            let isa = Isa::current();
+            let run = || with_isa(isa, || self.backward(out, lse, &mut gradients)).and_then(|result| result);
+            (pool.install(run), gradients)
+        };
+        let (result, first) = run(&POOLS[0]);
+        if let Err(error) = result {
+            assert_eq!(first.bits(), untouched, "a gradient has changed, but: {error}");
+            return;
+        }
+        let (again, second) = run(&POOLS[1]);
+        assert_eq!(again, Ok(()));
+        assert_eq!(first.bits(), second.bits(), "gradients by 1 and by 2 threads");
+        for isa in Isa::available() {
+            let (result, gradients) = with_isa(isa, || run(&POOLS[0])).expect("an available one");
+            assert_eq!(result, Ok(()), "{isa}");
+            assert!(
+                gradients.written_exactly(),
+                "{isa}: a gradient is not written, or something between rows is"
+            );
+        }
+    }
+
+    fn backward(&self, out: &Tensor, lse: &[f32], gradients: &mut Gradients) -> Result<()> {
+        let parts = self.parts;
+        let [a, b] = parts.masks.each_ref().map(|mask| mask.as_deref());
+        let [c, d] = parts.score_mods.each_ref().map(|score_mod| score_mod.as_deref());
+        let flash = self.with_numbers(parts.flash.call().mask(And(a, b)).score_mod(Then(c, d)));
+        let problem = self.call.sequences.problem()?;
+        gradients.collect(out, lse, |forward, grad, grads| flash.backward(problem, forward, grad, grads))
     }
 
     /// Runs the call into fresh buffers.
@@ -142,9 +185,18 @@ impl Attempt<'_> {
 
     fn configured<'a, M: Mask, C: ScoreMod>(
         &'a self,
-        mut flash: FlashCall<'a, M, C>,
+        flash: FlashCall<'a, M, C>,
         written: &mut Written,
     ) -> Result<()> {
+        let (out, lse) = (written.out.view_mut("out")?, written.lse.as_deref_mut());
+        self.with_numbers(flash).forward(self.call.sequences.problem()?, out, lse)
+    }
+
+    /// Everything that is added to the call besides masks and score mods.
+    fn with_numbers<'a, M: Mask, C: ScoreMod>(
+        &'a self,
+        mut flash: FlashCall<'a, M, C>,
+    ) -> FlashCall<'a, M, C> {
         let (call, parts) = (self.call, self.parts);
         if let Some(bias) = &call.key_bias {
             flash = flash.key_bias(bias);
@@ -158,6 +210,6 @@ impl Attempt<'_> {
         if let Some(norm) = parts.qk_norm {
             flash = flash.qk_norm(norm);
         }
-        flash.forward(call.sequences.problem()?, written.out.view_mut("out")?, written.lse.as_deref_mut())
+        flash
     }
 }

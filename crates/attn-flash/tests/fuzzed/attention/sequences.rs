@@ -205,6 +205,11 @@ impl Sequences {
         Qkv::new(self.q.view("q")?, k.view("k")?, v.view("v")?)
     }
 
+    /// Axes of q, k and v.
+    pub fn shapes(&self) -> [[usize; 4]; 3] {
+        [self.q.layout().shape, self.k.shape(), self.v.shape()]
+    }
+
     /// Keys that a bias is counted over: those of the longest sequence, or of all packed ones.
     pub fn n_keys(&self) -> usize {
         if let Kind::Packed { .. } = self.kind { self.k.shape()[2].min(1 << 16) } else { self.seen.n_kv }
