@@ -82,6 +82,10 @@ fn assert_close(what: &str, got: &[f32], want: &[f64], bound: f64) {
 }
 
 fn check(what: &str, problem: &Problem, mask: &dyn Mask, score_mod: &dyn ScoreMod) {
+    check_within(4e-6, what, problem, mask, score_mod);
+}
+
+fn check_within(bound: f64, what: &str, problem: &Problem, mask: &dyn Mask, score_mod: &dyn ScoreMod) {
     let want = problem.exact(mask, score_mod);
     let tiles = [None, Some(TileSizes::new(32, 1).unwrap()), Some(TileSizes::new(96, 50).unwrap())];
     for isa in Isa::available() {
@@ -89,7 +93,7 @@ fn check(what: &str, problem: &Problem, mask: &dyn Mask, score_mod: &dyn ScoreMo
             let spec = Spec { tiles, ..spec(mask, score_mod) };
             let (out, lse) = with_isa(isa, || problem.run(&spec)).unwrap();
             let what = format!("{what} {:?} {isa} {tiles:?}", problem.shape);
-            assert_close(&format!("{what}: out"), &out, &want.out, 4e-6);
+            assert_close(&format!("{what}: out"), &out, &want.out, bound);
             assert_close(&format!("{what}: lse"), &lse, want.lse.as_ref().unwrap(), 2e-6);
         }
     }
@@ -244,5 +248,27 @@ fn scores_as_large_as_numbers_get_keep_their_differences() {
             let half = ScoreFn(move |s, p: Pair| if p.j.is_multiple_of(2) { s + fill } else { fill });
             check(&format!("half {fill:e}"), &problem, &SeeAll, &half);
         }
+    }
+}
+
+#[test]
+fn scores_may_rise_by_any_amount_from_tile_to_tile() {
+    // A reference that former tiles set is then too low: a little, so that weights are merely large; by as much as they can
+    // hold; or by so much that they are infinite. Each query rises at another key.
+    for n_q in [9, 32, 45] {
+        let mut problem = Problem::new(shape(n_q, 400));
+        for rise in [3.0f32, 8.0, 40.0, 87.0, 88.5, 120.0, 1e3, 1e6] {
+            let steps = ScoreFn(move |s: f32, p: Pair| {
+                let at = 130 + 7 * (p.i % 5) + p.head;
+                s + rise * (p.j / at) as f32
+            });
+            // A score of 3 rises rounds to other neighbours than that of the definition: two units in the last place.
+            let bound = 4e-6 + f64::from(3.0 * rise) * 2f64.powi(-22);
+            check_within(bound, &format!("rise by {rise}"), &problem, &SeeAll, &steps);
+        }
+        // A neighbour that is NaN hides nothing.
+        problem.q[3 * problem.shape.head_dim] = f32::NAN;
+        let steps = ScoreFn(|s: f32, p: Pair| if p.j > 300 { s + 200.0 } else { s });
+        check_within(1e-4, "rise beside NaN", &problem, &SeeAll, &steps);
     }
 }

@@ -11,10 +11,13 @@
 //! - [`channel`]: cross-covariance attention.
 //! - [`segments`]: memories written once a segment: TTT-linear, the memory of Infini-attention.
 //! - [`low_rank`]: softmax attention through few summaries: Linformer, Nystromformer, agent attention.
+//! - [`typed`]: inputs as types, with the names of the field; on candle tensors with gradients through `on_tensors`.
 //! - [`feature_map`]: what queries and keys become first.
 //!
 //! Time is linear in the length; what is remembered of the past has a fixed size.
 
+#[cfg(feature = "candle")]
+mod candle;
 pub mod channel;
 pub mod elementwise;
 pub mod feature_map;
@@ -24,12 +27,16 @@ mod linear_elu;
 pub mod low_rank;
 pub mod matrix_state;
 mod named;
+mod packed;
 pub mod recurrent;
 mod registry;
 mod retnet;
 pub mod scan;
 pub mod segments;
+pub mod typed;
 
+#[cfg(feature = "candle")]
+pub use candle::{LinearTensors, TensorState, on_tensors};
 pub use elementwise::{
     aft_full::AftFull, aft_simple::AftSimple, hgrn::Hgrn, longhorn::Longhorn, mamba1::Mamba1,
     min_gru::MinGru, rg_lru::RgLru, rwkv4::Rwkv4,

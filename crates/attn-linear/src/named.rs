@@ -3,7 +3,7 @@
 //! Besides its inputs a runner here takes `grad_o`, the gradient by `o`, and then also gives `grad.NAME` for every input.
 
 use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData};
-use attn_core::{AttnError, OutMut, Result, TensorView, View, ViewMut};
+use attn_core::{AttnError, DType, OutMut, Result, TensorView, View};
 
 /// The tensor as `(batch, heads, length, width)`; three axes are `(batch, length, width)` of one head.
 pub(crate) fn view<'a>(tensors: &'a NamedTensors, name: &str) -> Result<TensorView<'a>> {
@@ -95,38 +95,78 @@ pub(crate) fn give(all: &mut NamedTensors, name: &str, shape: &[usize], data: Ve
     Ok(())
 }
 
-/// Adds the gradient by the input `name`, of its shape.
+/// Adds the gradient by the input `name`, of its shape and storage type.
 pub(crate) fn give_grad(
     all: &mut NamedTensors,
     inputs: &NamedTensors,
     name: &str,
     data: Vec<f32>,
 ) -> Result<()> {
-    match inputs.get(name) {
-        Some(input) => give(all, &format!("grad.{name}"), &input.shape, data),
-        None => Ok(()),
-    }
+    let Some(input) = inputs.get(name) else { return Ok(()) };
+    let full = format!("grad.{name}");
+    let grad = NamedTensor::f32(&full, &input.shape, data)?;
+    all.0.insert(full, grad.rounded(input.data.dtype().unwrap_or(DType::F32)));
+    Ok(())
 }
 
-/// An f32 output `(batch, heads, length, width)` written by `write`.
-pub(crate) fn output(axes: [usize; 4], write: impl FnOnce(OutMut<'_>) -> Result<()>) -> Result<Vec<f32>> {
-    let mut out = vec![f32::NAN; axes.iter().product()];
-    write(ViewMut::contiguous("out", &mut out, axes)?.into())?;
+/// An output of `like`'s storage type, told as of `shape`, that `write` writes as `(batch, heads, length, width)`.
+pub(crate) fn output(
+    like: &TensorView<'_>,
+    axes: [usize; 4],
+    shape: &[usize],
+    write: impl FnOnce(OutMut<'_>) -> Result<()>,
+) -> Result<NamedTensor> {
+    let mut out = NamedTensor::unwritten(&axes, like.dtype());
+    write(out.as_out()?)?;
+    out.shape = shape.to_vec();
     Ok(out)
 }
 
-/// The f32 tensor `(.., rows, columns)` with its last two axes exchanged.
+/// The tensors with the halves among `names` as f32; `None` if there are none.
+pub(crate) fn widened<'n>(
+    tensors: &NamedTensors,
+    names: impl Iterator<Item = &'n str>,
+) -> Option<NamedTensors> {
+    let is_half = |name: &&str| {
+        let dtype = tensors.get(name).and_then(|tensor| tensor.data.dtype());
+        dtype.is_some_and(|dtype| dtype != DType::F32)
+    };
+    let halves: Vec<&str> = names.filter(is_half).collect();
+    if halves.is_empty() {
+        return None;
+    }
+    let mut all = tensors.clone();
+    for name in halves {
+        if let Some(tensor) = all.0.get_mut(name) {
+            tensor.data = TensorData::F32(tensor.data.to_f64().into_iter().map(|x| x as f32).collect());
+        }
+    }
+    Some(all)
+}
+
+/// The tensor `(.., rows, columns)` with its last two axes exchanged.
 pub(crate) fn transposed(tensors: &NamedTensors, name: &str) -> Result<NamedTensor> {
-    let shape = shape(tensors, name)?;
+    turned(tensors.require(name)?, name)
+}
+
+/// As [`transposed`] of a tensor that `name` names.
+pub(crate) fn turned(tensor: &NamedTensor, name: &str) -> Result<NamedTensor> {
+    let shape = &tensor.shape[..];
     let [outer @ .., rows, columns] = shape else {
         return Err(AttnError::value(format!("{name}'s shape"), format!("{shape:?}"), "at least two axes"));
     };
-    let axes = [outer, &[*columns, *rows]].concat();
-    NamedTensor::f32(name, &axes, transpose(floats(tensors, name, shape)?, *rows, *columns))
+    let (rows, columns) = (*rows, *columns);
+    let data = match &tensor.data {
+        TensorData::F32(data) => TensorData::F32(transpose(data, rows, columns)),
+        TensorData::Bf16(data) => TensorData::Bf16(transpose(data, rows, columns)),
+        TensorData::F16(data) => TensorData::F16(transpose(data, rows, columns)),
+        _ => return Err(integers(name)),
+    };
+    Ok(NamedTensor { shape: [outer, &[columns, rows]].concat(), data })
 }
 
 /// Matrices `[rows, columns]`, one after another, as `[columns, rows]`.
-pub(crate) fn transpose(data: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub(crate) fn transpose<E: Copy>(data: &[E], rows: usize, columns: usize) -> Vec<E> {
     let matrices = data.chunks_exact((rows * columns).max(1));
     matrices
         .flat_map(|m| (0..columns).flat_map(move |j| (0..rows).map(move |i| m[i * columns + j])))

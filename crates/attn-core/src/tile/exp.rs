@@ -9,7 +9,7 @@ use crate::simd::{Bytes, Select, Simd, SimdBase, SimdFloat};
 /// Coefficients of `f^0 .. f^5`.
 const P: [f32; 6] = [1.000_000_1, 0.693_146_97, 0.240_221_2, 0.055_507_133, 0.009_675_541, 0.001_327_647_2];
 
-/// `2^x` for `x <= 127`, relative error below 2.5e-7; 0 below -126 and for -inf; NaN for NaN.
+/// `2^x` for `x <= 127` (for larger ones see [`exp2_overflows`]), relative error below 2.5e-7; 0 below -126 and for -inf; NaN for NaN.
 ///
 /// Masked scores are -inf, so a hidden key gets a weight of exactly 0.
 #[inline(always)]
@@ -32,6 +32,17 @@ pub fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let exponent = n.to_int::<S::i32s>() << 23;
     let scaled: S::f32s = (p.bitcast::<S::i32s>() + exponent).bitcast();
     x.simd_lt(S::f32s::splat(simd, -126.0)).select(S::f32s::splat(simd, 0.0), scaled)
+}
+
+/// Whether [`exp2`] gives infinity for every `x >= 128`; elsewhere it may give any number there.
+#[inline(always)]
+pub fn exp2_overflows<S: Simd>(simd: S) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if let fearless_simd::Level::Avx512(_) = simd.level() {
+        return true;
+    }
+    let _ = simd;
+    false
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -99,6 +110,28 @@ mod tests {
                 let error = (f64::from(*got) - want).abs() / want;
                 assert!(error < 2.5e-7, "{isa}: 2^{x} = {got}, error {error:e}");
             }
+        }
+    }
+
+    struct Overflows;
+
+    impl SimdOp for Overflows {
+        type Output = bool;
+
+        #[inline(always)]
+        fn eval<S: Simd>(self, simd: S) -> bool {
+            exp2_overflows(simd)
+        }
+    }
+
+    #[test]
+    fn overflow_is_infinite_where_promised() {
+        for isa in Isa::available().into_iter().filter(|isa| isa.run(Overflows)) {
+            let mut got =
+                [128.0, 129.0, 200.0, 1e4, 3e9, 1e20, f32::MAX, f32::INFINITY, 128.5, 255.0, 256.0, 1e10]
+                    .repeat(4);
+            isa.run(Exp2(&mut got));
+            assert!(got.iter().all(|x| *x == f32::INFINITY), "{isa}: {got:?}");
         }
     }
 

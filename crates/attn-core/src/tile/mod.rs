@@ -26,7 +26,7 @@ mod transpose;
 
 pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
-pub use exp::exp2;
+pub use exp::{exp2, exp2_overflows};
 
 pub use prefetch::prefetch;
 pub use product::{Lhs, Rhs, Start, TileMut, product};

@@ -16,6 +16,7 @@ use super::chunks::{for_each_chunk, share_of, union};
 use super::few::{self, FEW, FewScratch};
 use super::finish::emit;
 use super::native_bf16::NativeBf16;
+use super::online_softmax::Sought;
 use super::panel::Panel;
 use super::problem::Problem;
 use super::rows::Wide;
@@ -267,17 +268,24 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         let n_keys = keys.len();
         let lanes = panel.n_lanes.next_multiple_of(S::f32s::LEN);
         let scores = &mut scratch.scores[..n_keys * PANEL];
-        product(
-            simd,
-            [n_keys, lanes, self.shape.head_dim],
-            Lhs { data: k.data, row_stride: k.stride, col_stride: 1 },
-            Rhs { data: &panel.q, stride: PANEL },
-            TileMut { data: scores, stride: PANEL },
-            Start::Zero,
-        );
-        self.modify(simd, scores, panel, &keys);
-        let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
-        panel.softmax.absorb(simd, scores, &mut panel.acc, lanes);
+        let mut sought = Sought::first(simd);
+        let hidden = loop {
+            product(
+                simd,
+                [n_keys, lanes, self.shape.head_dim],
+                Lhs { data: k.data, row_stride: k.stride, col_stride: 1 },
+                Rhs { data: &panel.q, stride: PANEL },
+                TileMut { data: scores, stride: PANEL },
+                Start::Zero,
+            );
+            self.modify(simd, scores, panel, &keys);
+            let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
+            if panel.softmax.absorb(simd, scores, &mut panel.acc, lanes, sought) {
+                break hidden;
+            }
+            // Rare: some score lies so far above all before it that its weight is infinite.
+            sought = Sought::InTile;
+        };
         if let Some(dropout) = &self.spec.dropout {
             drop_weights(dropout, scores, panel, &keys);
         }

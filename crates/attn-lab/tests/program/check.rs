@@ -39,6 +39,23 @@ fn the_last_line_counts() {
     assert!(lines[1].contains("attention_sank"), "{out}");
 }
 
+#[test]
+fn gradients_left_out_of_the_comparison_are_reported() {
+    // The gradient of an input that no variant has: the rest still agrees.
+    let (_folder, path) =
+        changed("streaming-sinks-00.safetensors", |bytes| replace(bytes, b"\"grad.q\":{", b"\"grad.x\":{"));
+    let ended = attn(["check", &path]);
+    assert_eq!(ended.status.code(), Some(0));
+    let line = stdout(&ended);
+    assert!(line.starts_with("pass ") && line.contains("not checked: grad.x: "), "{line}");
+    let all = json(&attn(["check", &path, "--json"]));
+    let unchecked = &all["files"][0]["unchecked"];
+    assert_eq!(unchecked.as_array().map(Vec::len), Some(1), "{unchecked}");
+    assert_eq!(unchecked[0]["tensor"], "grad.x");
+    assert!(unchecked[0]["because"].as_str().unwrap().contains("does not return it"), "{unchecked}");
+    assert!(!all["files"][0]["checked"].to_string().contains("grad.x"));
+}
+
 /// Replaces the one place where `from` stands.
 fn replace(bytes: &mut [u8], from: &[u8], to: &[u8]) {
     let places: Vec<usize> =

@@ -16,7 +16,7 @@
 
 use super::front::{Channels, ElementCell, Front};
 use crate::scan::math::{loss, sigmoid, sigmoid64};
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::simd::{Simd, SimdBase};
 use attn_core::{AttnError, OutMut, Result, TensorView};
 
@@ -40,6 +40,9 @@ pub struct HgrnInputs<'a> {
     pub x: TensorView<'a>,
     /// Natural log of the decay, at most 0.
     pub log_decay: TensorView<'a>,
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`HgrnInputs`], of their shapes, and by the initial state `[batch, heads, width]`.
@@ -57,7 +60,7 @@ impl Hgrn {
     /// The state before the first token: part 0 is `h [batch, heads, 1, width]`.
     pub fn state(inputs: &HgrnInputs<'_>) -> ScanState {
         let [batch, heads, _, width] = inputs.x.shape();
-        ScanState::new(&raw(width), batch, heads)
+        ScanState::new(&raw(width), sequences_of(inputs.cu_seqlens, batch), heads)
     }
 
     /// Writes all `h_t` to `out (batch, heads, length, width)`; `state` moves to the end.
@@ -98,7 +101,7 @@ impl Hgrn {
 
 impl<'a> HgrnInputs<'a> {
     fn tokens(&self, cell: &ElementCell<LogDecay>) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("x", self.x), ("log_decay", self.log_decay)])
+        Tokens::new(cell, &[("x", self.x), ("log_decay", self.log_decay)])?.packed(self.cu_seqlens)
     }
 }
 

@@ -12,7 +12,7 @@
 use super::front::panels;
 use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
 use crate::scan::outer::{Outer, OuterGrads, OuterLoss};
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::simd::{Simd, SimdBase};
 use attn_core::tile::MAX_LANES;
 use attn_core::{AttnError, OutMut, Result, TensorView};
@@ -41,6 +41,9 @@ pub struct LonghornInputs<'a> {
     pub x: TensorView<'a>,
     /// Write strengths, above 0, `[.., head_dim_v]`.
     pub beta: TensorView<'a>,
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`LonghornInputs`], of their shapes, and by the initial state `[batch, heads, head_dim, head_dim_v]`.
@@ -64,7 +67,8 @@ impl<'a> LonghornInputs<'a> {
     }
 
     fn tokens(&self, cell: &LonghornCell) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("q", self.q), ("k", self.k), ("x", self.x), ("beta", self.beta)])
+        Tokens::new(cell, &[("q", self.q), ("k", self.k), ("x", self.x), ("beta", self.beta)])?
+            .packed(self.cu_seqlens)
     }
 }
 
@@ -72,7 +76,7 @@ impl Longhorn {
     /// The state before the first token: part 0 is `S [batch, heads, head_dim, head_dim_v]`.
     pub fn state(inputs: &LonghornInputs<'_>) -> ScanState {
         let [batch, heads, ..] = inputs.q.shape();
-        ScanState::new(&inputs.cell(), batch, heads)
+        ScanState::new(&inputs.cell(), sequences_of(inputs.cu_seqlens, batch), heads)
     }
 
     /// Writes `out (batch, heads, length, head_dim_v)`; `state` moves to the end.

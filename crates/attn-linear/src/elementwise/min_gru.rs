@@ -13,7 +13,7 @@
 use super::front::ElementCell;
 use super::hgrn::SigmoidGate;
 use crate::scan::math::sigmoid64;
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::{OutMut, Result, TensorView};
 
 /// minGRU, see the [module](self).
@@ -27,6 +27,9 @@ pub struct MinGruInputs<'a> {
     pub update: TensorView<'a>,
     /// Candidates `c`.
     pub candidate: TensorView<'a>,
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`MinGruInputs`], of their shapes, and by the initial state `[batch, heads, width]`.
@@ -44,7 +47,7 @@ impl MinGru {
     /// The state before the first token: part 0 is `h [batch, heads, 1, width]`.
     pub fn state(inputs: &MinGruInputs<'_>) -> ScanState {
         let [batch, heads, _, width] = inputs.candidate.shape();
-        ScanState::new(&cell(width, false), batch, heads)
+        ScanState::new(&cell(width, false), sequences_of(inputs.cu_seqlens, batch), heads)
     }
 
     /// Writes all `h_t` to `out (batch, heads, length, width)`; `state` moves to the end.
@@ -88,7 +91,7 @@ impl MinGru {
 
 impl<'a> MinGruInputs<'a> {
     fn tokens(&self, cell: &ElementCell<SigmoidGate>) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("update", self.update), ("candidate", self.candidate)])
+        Tokens::new(cell, &[("update", self.update), ("candidate", self.candidate)])?.packed(self.cu_seqlens)
     }
 }
 

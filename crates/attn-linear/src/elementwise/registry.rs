@@ -9,6 +9,7 @@ use super::rg_lru::RgLru;
 use super::runners;
 use super::rwkv4::Rwkv4;
 use crate::named::check_causal;
+use crate::packed;
 use crate::scan::{ScanAttention, ScanVariant};
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{Attention, Family, Result};
@@ -30,7 +31,7 @@ fn run(
     (entry, options, tensors): (&Entry, &Options, &NamedTensors),
 ) -> Result<NamedTensors> {
     if tensors.get(own).is_none() {
-        return run_qkv(entry, options, tensors);
+        return packed::run(run_qkv, (entry, options, tensors));
     }
     entry.build(options)?;
     runner(tensors)
@@ -101,14 +102,7 @@ pub(crate) fn entries() -> Vec<Entry> {
             summary: "AFT-simple: softmax of the keys a channel, gated by the query (Zhai et al. 2021)",
             options: &[OptionSpec::CAUSAL],
             constructor: |options| Ok(Box::new(AftSimple { causal: options.get_or("causal", false)? })),
-            runner: |entry, options, tensors| {
-                runners::aft_simple(
-                    &AftSimple { causal: options.get_or("causal", false)? },
-                    entry,
-                    options,
-                    tensors,
-                )
-            },
+            runner: |entry, options, tensors| packed::run(runners::aft_simple, (entry, options, tensors)),
         },
     ]
 }

@@ -14,7 +14,7 @@
 use super::front::{Channels, ElementCell, Front, panels, reborrow};
 use crate::scan::cell::{Cell, PanelMut, Piece, PieceGrads};
 use crate::scan::math::{loss, sigmoid, sigmoid64, softplus};
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::simd::{Simd, SimdBase, SimdFloat};
 use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, product};
 use attn_core::{AttnError, OutMut, Result, TensorView};
@@ -41,6 +41,9 @@ pub struct RgLruInputs<'a> {
     pub recurrence_weight: &'a [f32],
     /// `b_r [heads, width]`.
     pub recurrence_bias: &'a [f32],
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`RgLruInputs`], of their shapes, and by the initial state `[batch, heads, width]`.
@@ -92,7 +95,7 @@ impl<'a> RgLruInputs<'a> {
     }
 
     fn tokens(&self, cell: &RgLruCell) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("x", self.x)])
+        Tokens::new(cell, &[("x", self.x)])?.packed(self.cu_seqlens)
     }
 }
 
@@ -103,7 +106,7 @@ impl RgLru {
     /// [`AttnError::Shape`] for weights of another length.
     pub fn state(inputs: &RgLruInputs<'_>) -> Result<ScanState> {
         let [batch, heads, ..] = inputs.x.shape();
-        Ok(ScanState::new(&inputs.cell()?, batch, heads))
+        Ok(ScanState::new(&inputs.cell()?, sequences_of(inputs.cu_seqlens, batch), heads))
     }
 
     /// Writes all `h_t` to `out (batch, heads, length, width)`; `state` moves to the end.

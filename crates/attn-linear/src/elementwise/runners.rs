@@ -1,6 +1,5 @@
 //! The variants on named tensors, in the names and layouts of their reference code.
 
-use super::aft_simple::AftSimple;
 use super::hgrn::{Hgrn, HgrnInputs};
 use super::longhorn::{Longhorn, LonghornInputs};
 use super::mamba1::{Mamba1, Mamba1Inputs};
@@ -8,22 +7,26 @@ use super::min_gru::{MinGru, MinGruInputs};
 use super::rg_lru::{RgLru, RgLruInputs};
 use super::rwkv4::{Rwkv4, Rwkv4Inputs};
 use crate::named::{self, give, give_grad, output, transpose, transposed, view};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, run_qkv};
-use attn_core::{AttnError, Differentiable, Qkv, QkvGrads, Result, View, ViewMut};
+use crate::scan::sequences_of;
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, run_qkv};
+use attn_core::{AttnError, OutMut, Result, TensorView, View};
 
 /// `x`, `g (batch, length, width)` or with heads, `h0 (batch, width)`: gives `o`, `hT`.
 pub(super) fn hgrn(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("hgrn", &["x", "g", "h0", "grad_o"])?;
-    let inputs = HgrnInputs { x: view(tensors, "x")?, log_decay: view(tensors, "g")? };
+    tensors.only("hgrn", &["x", "g", "h0", "cu_seqlens", "grad_o"])?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
+    let inputs = HgrnInputs { x: view(tensors, "x")?, log_decay: view(tensors, "g")?, cu_seqlens };
     let axes = inputs.x.shape();
-    let (rows, memory) = (named::shape(tensors, "x")?, memory(named::shape(tensors, "x")?));
+    let rows = named::shape(tensors, "x")?;
+    let memory = memory(rows, cu_seqlens);
     let mut before = Hgrn::state(&inputs);
     if let Some(h) = named::optional(tensors, "h0", &memory)? {
         before.set_part(0, "h0", h)?;
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(axes, |out| Hgrn::forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", rows, o)?;
+    let o = output(&inputs.x, axes, rows, |out| Hgrn::forward(&inputs, out, Some(&mut state)))?;
+    all.0.insert("o".into(), o);
     give(&mut all, "hT", &memory, state.part(0))?;
     if tensors.get("grad_o").is_some() {
         let grads = Hgrn::backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
@@ -35,24 +38,30 @@ pub(super) fn hgrn(tensors: &NamedTensors) -> Result<NamedTensors> {
 }
 
 /// The axes without the length: those of a state of one number a channel.
-fn memory(rows: &[usize]) -> Vec<usize> {
+fn memory(rows: &[usize], cu_seqlens: Option<&[usize]>) -> Vec<usize> {
     let length = rows.len().saturating_sub(2);
-    rows.iter().enumerate().filter(|(a, _)| *a != length).map(|(_, n)| *n).collect()
+    let mut axes: Vec<usize> =
+        rows.iter().enumerate().filter(|(a, _)| *a != length).map(|(_, n)| *n).collect();
+    axes.iter_mut().take(1).for_each(|batch| *batch = sequences_of(cu_seqlens, *batch));
+    axes
 }
 
 /// `update`, `candidate (batch, length, width)` or with heads, `h0 (batch, width)`: gives `o`, `hT`.
 pub(super) fn min_gru(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("mingru", &["update", "candidate", "h0", "grad_o"])?;
-    let inputs = MinGruInputs { update: view(tensors, "update")?, candidate: view(tensors, "candidate")? };
+    tensors.only("mingru", &["update", "candidate", "h0", "cu_seqlens", "grad_o"])?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
+    let (update, candidate) = (view(tensors, "update")?, view(tensors, "candidate")?);
+    let inputs = MinGruInputs { update, candidate, cu_seqlens };
     let rows = named::shape(tensors, "candidate")?;
-    let memory = memory(rows);
+    let memory = memory(rows, cu_seqlens);
     let mut before = MinGru::state(&inputs);
     if let Some(h) = named::optional(tensors, "h0", &memory)? {
         before.set_part(0, "h0", h)?;
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(inputs.candidate.shape(), |out| MinGru::forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", rows, o)?;
+    let run = |out: OutMut<'_>| MinGru::forward(&inputs, out, Some(&mut state));
+    all.0.insert("o".into(), output(&candidate, candidate.shape(), rows, run)?);
     give(&mut all, "hT", &memory, state.part(0))?;
     if tensors.get("grad_o").is_some() {
         let grads = MinGru::backward(&inputs, Some(&before), &view(tensors, "grad_o")?)?;
@@ -66,18 +75,20 @@ pub(super) fn min_gru(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `q`, `k (batch, heads, length, head_dim)`, `x`, `beta (.., head_dim_v)`, `s0 (batch, heads, head_dim, head_dim_v)`: gives `o`,
 /// `sT`.
 pub(super) fn longhorn(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("longhorn", &["q", "k", "x", "beta", "s0", "grad_o"])?;
+    tensors.only("longhorn", &["q", "k", "x", "beta", "s0", "cu_seqlens", "grad_o"])?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
     let of = |name| view(tensors, name);
-    let inputs = LonghornInputs { q: of("q")?, k: of("k")?, x: of("x")?, beta: of("beta")? };
+    let inputs = LonghornInputs { q: of("q")?, k: of("k")?, x: of("x")?, beta: of("beta")?, cu_seqlens };
     let [batch, heads, _, keys] = inputs.q.shape();
-    let memory = [batch, heads, keys, inputs.x.shape()[3]];
+    let memory = [sequences_of(cu_seqlens, batch), heads, keys, inputs.x.shape()[3]];
     let mut before = Longhorn::state(&inputs);
     if let Some(s) = named::optional(tensors, "s0", &memory)? {
         before.set_part(0, "s0", s)?;
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(inputs.x.shape(), |out| Longhorn::forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", named::shape(tensors, "x")?, o)?;
+    let run = |out: OutMut<'_>| Longhorn::forward(&inputs, out, Some(&mut state));
+    all.0.insert("o".into(), output(&inputs.x, inputs.x.shape(), named::shape(tensors, "x")?, run)?);
     give(&mut all, "sT", &memory, state.part(0))?;
     if tensors.get("grad_o").is_some() {
         let grads = Longhorn::backward(&inputs, Some(&before), &of("grad_o")?)?;
@@ -90,7 +101,10 @@ pub(super) fn longhorn(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `u`, `dt`, `z (batch, width, length)`, `Bm`, `Cm (batch, state, length)`, `A (width, state)`, `D`, `dt_bias (width)`,
 /// `s0 (batch, width, state)`: gives `o`, `sT`.
 pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("mamba1", &["u", "dt", "z", "Bm", "Cm", "A", "D", "dt_bias", "s0", "grad_o"])?;
+    let known = ["u", "dt", "z", "Bm", "Cm", "A", "D", "dt_bias", "s0", "cu_seqlens", "grad_o"];
+    tensors.only("mamba1", &known)?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
     // To rows of tokens and back.
     let mut rows = NamedTensors::default();
     for name in ["u", "dt", "z", "Bm", "Cm", "grad_o"] {
@@ -110,15 +124,17 @@ pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
         a: named::floats(tensors, "A", &[width, states])?,
         d: named::optional(tensors, "D", &[width])?,
         dt_bias: named::optional(tensors, "dt_bias", &[width])?,
+        cu_seqlens,
     };
-    let memory = [batch, width, states];
+    let memory = [sequences_of(cu_seqlens, batch), width, states];
     let mut before = Mamba1::state(&inputs)?;
     if let Some(s) = named::optional(tensors, "s0", &memory)? {
         before.set_part(0, "s0", &transpose(s, width, states))?;
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(u.shape(), |out| Mamba1::forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", named::shape(tensors, "u")?, transpose(&o, n, width))?;
+    let run = |out: OutMut<'_>| Mamba1::forward(&inputs, out, Some(&mut state));
+    let o = output(&u, u.shape(), &[batch, n, width], run)?;
+    all.0.insert("o".into(), named::turned(&o, "o")?);
     give(&mut all, "sT", &memory, transpose(&state.part(0), states, width))?;
     if rows.get("grad_o").is_some() {
         let grads = Mamba1::backward(&inputs, Some(&before), &view(&rows, "grad_o")?)?;
@@ -142,16 +158,19 @@ pub(super) fn mamba1(tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `den0`, `max0 (batch, width)`: gives `o`, `numT`, `denT`, `maxT`.
 pub(super) fn rwkv4(tensors: &NamedTensors) -> Result<NamedTensors> {
     const STATE: [(&str, &str); 3] = [("num0", "numT"), ("den0", "denT"), ("max0", "maxT")];
-    let known = ["k", "v", "time_decay", "time_first", "num0", "den0", "max0", "grad_o"];
+    let known = ["k", "v", "time_decay", "time_first", "num0", "den0", "max0", "cu_seqlens", "grad_o"];
     tensors.only("rwkv4", &known)?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
     let rows = named::shape(tensors, "v")?;
-    let (v, memory) = (view(tensors, "v")?, memory(rows));
+    let (v, memory) = (view(tensors, "v")?, memory(rows, cu_seqlens));
     let channels = &memory[1..];
     let inputs = Rwkv4Inputs {
         k: view(tensors, "k")?,
         v,
         time_decay: named::floats(tensors, "time_decay", channels)?,
         time_first: named::floats(tensors, "time_first", channels)?,
+        cu_seqlens,
     };
     let mut before = Rwkv4::state(&inputs)?;
     if STATE.iter().any(|(name, _)| tensors.get(name).is_some()) {
@@ -160,8 +179,8 @@ pub(super) fn rwkv4(tensors: &NamedTensors) -> Result<NamedTensors> {
         }
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(v.shape(), |out| Rwkv4::forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", rows, o)?;
+    let o = output(&v, v.shape(), rows, |out| Rwkv4::forward(&inputs, out, Some(&mut state)))?;
+    all.0.insert("o".into(), o);
     for (part, (_, name)) in STATE.iter().enumerate() {
         give(&mut all, name, &memory, state.part(part))?;
     }
@@ -183,52 +202,26 @@ pub(super) fn rwkv4(tensors: &NamedTensors) -> Result<NamedTensors> {
 }
 
 /// `q`, `k`, `v (batch, length, width)` or with heads.
-pub(super) fn aft_simple(
-    aft: &AftSimple,
-    entry: &Entry,
-    options: &Options,
-    tensors: &NamedTensors,
-) -> Result<NamedTensors> {
-    let rank = named::shape(tensors, "q").map_or(4, <[usize]>::len);
-    if rank == 4 && tensors.get("grad_o").is_none() {
+pub(super) fn aft_simple(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    if named::shape(tensors, "q")?.len() != 3 {
         return run_qkv(entry, options, tensors);
     }
-    tensors.only(entry.name, &["q", "k", "v", "grad_o"])?;
-    qkv_with_grads(aft, tensors)
-}
-
-/// Attention over `q`, `k`, `v` of three or four axes, with gradients if there is `grad_o`.
-fn qkv_with_grads(attention: &dyn Differentiable, tensors: &NamedTensors) -> Result<NamedTensors> {
-    let x = Qkv::new(view(tensors, "q")?, view(tensors, "k")?, view(tensors, "v")?)?;
-    let s = x.shape();
-    let mut all = NamedTensors::default();
-    let mut out = vec![f32::NAN; s.out().iter().product()];
-    let saved = attention.forward_saving(x, ViewMut::contiguous("out", &mut out, s.out())?.into())?;
-    let mut axes = named::shape(tensors, "q")?.to_vec();
-    if let Some(width) = axes.last_mut() {
-        *width = s.head_dim_v;
+    // One head; and its axis away again.
+    let mut one = tensors.clone();
+    one.0.values_mut().filter(|tensor| tensor.shape.len() == 3).for_each(|tensor| tensor.shape.insert(1, 1));
+    let mut all = run_qkv(entry, options, &one)?;
+    for tensor in all.0.values_mut() {
+        tensor.shape.remove(1);
     }
-    if tensors.get("grad_o").is_some() {
-        let zeros = |axes: [usize; 4]| vec![0.0f32; axes.iter().product()];
-        let (mut dq, mut dk, mut dv) = (zeros(s.q()), zeros(s.k()), zeros(s.v()));
-        let grads = QkvGrads {
-            q: ViewMut::contiguous("grad.q", &mut dq, s.q())?.into(),
-            k: ViewMut::contiguous("grad.k", &mut dk, s.k())?.into(),
-            v: ViewMut::contiguous("grad.v", &mut dv, s.v())?.into(),
-        };
-        let o = attn_core::View::contiguous("out", &out, s.out())?;
-        attention.backward(x, o.into(), &saved, view(tensors, "grad_o")?, grads)?;
-        let by = [("q", dq), ("k", dk), ("v", dv)];
-        by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
-    }
-    all.0.insert("o".into(), NamedTensor::f32("o", &axes, out)?);
     Ok(all)
 }
 
 /// `x (batch, length, blocks * width)`, `a_param (blocks * width)`, `wi`, `wr (blocks, width, width)`, `bi`, `br (blocks, width)`,
 /// `h0 (batch, blocks * width)`: gives `o`, `hT`. The first position starts anew unless there is a state.
 pub(super) fn rg_lru(tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only("rglru", &["x", "a_param", "wi", "wr", "bi", "br", "h0", "grad_o"])?;
+    tensors.only("rglru", &["x", "a_param", "wi", "wr", "bi", "br", "h0", "cu_seqlens", "grad_o"])?;
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
     let (&[batch, n, channels], &[blocks, width]) =
         (named::shape(tensors, "x")?, named::shape(tensors, "bi")?)
     else {
@@ -238,42 +231,57 @@ pub(super) fn rg_lru(tensors: &NamedTensors) -> Result<NamedTensors> {
     if blocks * width != channels {
         return Err(AttnError::shape("bi", "elements", blocks * width, channels));
     }
-    let heads = |name: &str| -> Result<View<'_, f32>> {
-        let data = named::floats(tensors, name, &[batch, n, channels])?;
-        View::new(name, data, [batch, blocks, n, width], [n * channels, width, channels, 1])
+    let heads = |name: &str| -> Result<TensorView<'_>> {
+        let (axes, strides) = ([batch, blocks, n, width], [n * channels, width, channels, 1]);
+        let tensor = tensors.require(name)?;
+        if tensor.shape != [batch, n, channels] {
+            let (found, expected) = (format!("{:?}", tensor.shape), format!("{:?}", [batch, n, channels]));
+            return Err(AttnError::value(format!("{name}'s shape"), found, expected));
+        }
+        match &tensor.data {
+            TensorData::F32(data) => Ok(View::new(name, data, axes, strides)?.into()),
+            TensorData::Bf16(data) => Ok(View::new(name, data, axes, strides)?.into()),
+            TensorData::F16(data) => Ok(View::new(name, data, axes, strides)?.into()),
+            _ => Err(AttnError::DType {
+                tensor: name.into(),
+                found: "integers".into(),
+                expected: "floats".into(),
+            }),
+        }
     };
     let inputs = RgLruInputs {
-        x: heads("x")?.into(),
+        x: heads("x")?,
         lambda: named::floats(tensors, "a_param", &[channels])?,
         input_weight: named::floats(tensors, "wi", &[blocks, width, width])?,
         input_bias: named::floats(tensors, "bi", &[blocks, width])?,
         recurrence_weight: named::floats(tensors, "wr", &[blocks, width, width])?,
         recurrence_bias: named::floats(tensors, "br", &[blocks, width])?,
+        cu_seqlens,
     };
+    let sequences = sequences_of(cu_seqlens, batch);
     let mut before = RgLru::state(&inputs)?;
-    if let Some(h) = named::optional(tensors, "h0", &[batch, channels])? {
+    if let Some(h) = named::optional(tensors, "h0", &[sequences, channels])? {
         before.set_part(0, "h0", h)?;
         // Whoever has a state is past the first token.
         before.advance(1);
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let mut o = vec![f32::NAN; batch * n * channels];
-    let out = ViewMut::new("out", &mut o, [batch, blocks, n, width], [n * channels, width, channels, 1])?;
-    RgLru::forward(&inputs, out.into(), Some(&mut state))?;
-    give(&mut all, "o", &[batch, n, channels], o)?;
-    give(&mut all, "hT", &[batch, channels], state.part(0))?;
+    // Heads before the length, then back.
+    let run = |out: OutMut<'_>| RgLru::forward(&inputs, out, Some(&mut state));
+    let o = output(&inputs.x, [batch, blocks, n, width], &[batch, blocks, n, width], run)?;
+    let axes = [batch, blocks, n, width];
+    let data = match &o.data {
+        TensorData::Bf16(data) => TensorData::Bf16(length_first(data, axes)),
+        TensorData::F16(data) => TensorData::F16(length_first(data, axes)),
+        TensorData::F32(data) => TensorData::F32(length_first(data, axes)),
+        other => other.clone(),
+    };
+    all.0.insert("o".into(), NamedTensor { shape: vec![batch, n, channels], data });
+    give(&mut all, "hT", &[sequences, channels], state.part(0))?;
     if tensors.get("grad_o").is_some() {
-        let grads = RgLru::backward(&inputs, Some(&before), &heads("grad_o")?.into())?;
-        // (batch, blocks, length, width) back to (batch, length, blocks, width).
-        let mut x = Vec::with_capacity(grads.x.len());
-        for b in 0..batch {
-            for t in 0..n {
-                let row = |block: usize| &grads.x[((b * blocks + block) * n + t) * width..][..width];
-                (0..blocks).for_each(|block| x.extend_from_slice(row(block)));
-            }
-        }
+        let grads = RgLru::backward(&inputs, Some(&before), &heads("grad_o")?)?;
         let by = [
-            ("x", x),
+            ("x", length_first(&grads.x, axes)),
             ("a_param", grads.lambda),
             ("wi", grads.input_weight),
             ("bi", grads.input_bias),
@@ -284,4 +292,10 @@ pub(super) fn rg_lru(tensors: &NamedTensors) -> Result<NamedTensors> {
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;
     }
     Ok(all)
+}
+
+/// `(batch, heads, length, width)` as `(batch, length, heads, width)`.
+fn length_first<E: Copy>(data: &[E], [batch, heads, n, width]: [usize; 4]) -> Vec<E> {
+    let rows = (0..batch).flat_map(|b| (0..n).flat_map(move |t| (0..heads).map(move |h| (b, t, h))));
+    rows.flat_map(|(b, t, h)| &data[((b * heads + h) * n + t) * width..][..width]).copied().collect()
 }

@@ -13,7 +13,7 @@
 
 use super::log_sum_cell::LogSumCell;
 use crate::scan::math::sigmoid64;
-use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward};
+use crate::scan::{HeadInputs, ScanState, ScanVariant, Tokens, backward, forward, sequences_of};
 use attn_core::{AttnError, OutMut, Result, TensorView};
 
 /// RWKV-4, see the [module](self).
@@ -31,6 +31,9 @@ pub struct Rwkv4Inputs<'a> {
     pub time_decay: &'a [f32],
     /// Added to the key of the present token.
     pub time_first: &'a [f32],
+    /// Prefix sums of the lengths of sequences packed one behind the other, from 0 to all tokens: each is a run of its own, and has
+    /// a batch entry of its own in states.
+    pub cu_seqlens: Option<&'a [usize]>,
 }
 
 /// Gradients by [`Rwkv4Inputs`], of their shapes, and by the initial state.
@@ -64,7 +67,7 @@ impl Rwkv4Inputs<'_> {
 
 impl<'a> Rwkv4Inputs<'a> {
     fn tokens(&self, cell: &LogSumCell) -> Result<Tokens<'a>> {
-        Tokens::new(cell, &[("k", self.k), ("v", self.v)])
+        Tokens::new(cell, &[("k", self.k), ("v", self.v)])?.packed(self.cu_seqlens)
     }
 }
 
@@ -75,7 +78,7 @@ impl Rwkv4 {
     /// [`AttnError::Shape`] for channel parameters of another length.
     pub fn state(inputs: &Rwkv4Inputs<'_>) -> Result<ScanState> {
         let [batch, heads, ..] = inputs.v.shape();
-        Ok(ScanState::new(&inputs.cell()?, batch, heads))
+        Ok(ScanState::new(&inputs.cell()?, sequences_of(inputs.cu_seqlens, batch), heads))
     }
 
     /// Writes `out (batch, heads, length, width)`; `state` moves to the end.
@@ -113,7 +116,7 @@ impl Rwkv4 {
         // The gradient by N_0 is a e^p, and N_0 = num e^max.
         let before = match state {
             Some(state) => state.clone(),
-            None => ScanState::new(&cell, batch, heads),
+            None => ScanState::new(&cell, sequences_of(inputs.cu_seqlens, batch), heads),
         };
         let [num, den, max] = [0, 1, 2].map(|part| before.part(part));
         let [a, b, p] = [0, 1, 2].map(|part| all.state.part(part));

@@ -2,14 +2,15 @@
 
 use super::definition::definition;
 use super::gradients::{Gradients, backward, backward_into};
-use super::head::{blind, chunk_len};
+use super::head::chunk_len;
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
+use super::packed::backward_packed;
 use super::run::{Workspace, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
 use super::windows;
 use attn_core::exact::Reference;
-use attn_core::registry::{NamedTensor, NamedTensors};
+use attn_core::registry::NamedTensors;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
     Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, ViewMut,
@@ -101,6 +102,21 @@ impl<V: StateVariant> StateAttention<V> {
         backward(&self.variant, x, memory, grad_out, grad_memory)
     }
 
+    /// [`StateAttention::backward_inputs`] of [packed](StateAttention::forward_packed) sequences.
+    ///
+    /// # Errors
+    /// As [`StateAttention::backward_inputs`]; [`AttnError::Value`] for sums that do not rise from 0 to the tokens.
+    pub fn backward_packed(
+        &self,
+        x: &Inputs<'_>,
+        cu_seqlens: &[usize],
+        memory: Option<&Memory>,
+        grad_out: TensorView<'_>,
+        grad_memory: Option<&[f32]>,
+    ) -> Result<Gradients> {
+        backward_packed(&self.variant, x, Some(cu_seqlens), memory, grad_out, grad_memory)
+    }
+
     /// The definition on typed inputs: the recurrence in f64.
     ///
     /// # Errors
@@ -125,53 +141,6 @@ impl<V: StateVariant> StateAttention<V> {
     pub fn memory_of(&self, x: &Inputs<'_>, tensors: &NamedTensors) -> Result<Memory> {
         let (sizes, plan) = prepare(&self.variant, x)?;
         Memory::of(&plan, &sizes, tensors)
-    }
-
-    /// Runs on named tensors: q, k, v, the variant's extra inputs and the parts of its memory. Gives `o` and the memory
-    /// after the last token, unless queries stand before the first key. With `grad_o`, the gradient of a loss by `o`, it gives
-    /// `grad.NAME` for every tensor it was given.
-    ///
-    /// # Errors
-    /// [`AttnError`] naming the tensor that is missing, not read, or does not fit.
-    pub fn run(&self, tensors: &NamedTensors) -> Result<NamedTensors> {
-        let x = Inputs::of(tensors, V::EXTRAS)?;
-        let (sizes, plan) = prepare(&self.variant, &x)?;
-        let extras = V::EXTRAS.iter().map(|extra| extra.name);
-        let parts = plan.parts.iter().map(|part| part.initial).filter(|name| !name.is_empty());
-        let parts: Vec<&str> = parts.collect();
-        let known: Vec<&str> =
-            ["q", "k", "v", "grad_o"].into_iter().chain(extras).chain(parts.iter().copied()).collect();
-        tensors.only(V::NAME, &known)?;
-        let initial = Memory::of(&plan, &sizes, tensors)?;
-        let has_memory = parts.iter().any(|name| tensors.get(name).is_some());
-        let shape = [sizes.batch, sizes.heads, sizes.tokens, sizes.head_dim_v];
-        let mut out = NamedTensor::unwritten(&shape, x.q.dtype());
-        // Queries before every key know no memory.
-        let mut all = if blind(&plan, sizes.tokens, sizes.keys) > 0 && !has_memory {
-            forward(&self.variant, &x, None, out.as_out()?, None)?;
-            NamedTensors::default()
-        } else {
-            let mut memory = initial.clone();
-            forward(&self.variant, &x, None, out.as_out()?, Some(&mut memory))?;
-            memory.tensors(&sizes)?
-        };
-        if let Some(grad_o) = tensors.get("grad_o") {
-            let memory = has_memory.then_some(&initial);
-            let grads = backward(&self.variant, &x, memory, grad_o.view("grad_o")?, None)?;
-            let of_memory = initial.initial_parts(&sizes, &grads.memory)?;
-            for (name, grad) in grads.inputs.0.into_iter().chain(of_memory.0) {
-                let Some(given) = tensors.get(&name) else { continue };
-                if given.shape.iter().product::<usize>() != grad.shape.iter().product::<usize>() {
-                    let what =
-                        format!("the gradient of `{name}` given for every token: it is one of the heads");
-                    return Err(AttnError::unsupported(V::NAME, what));
-                }
-                let grad = NamedTensor { shape: given.shape.clone(), ..grad };
-                all.0.insert(format!("grad.{name}"), grad.rounded(given.data.dtype().unwrap_or(DType::F32)));
-            }
-        }
-        all.0.insert("o".into(), out);
-        Ok(all)
     }
 }
 

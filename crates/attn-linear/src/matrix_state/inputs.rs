@@ -3,6 +3,7 @@
 use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
 use attn_core::view::{Rows, contiguous_strides};
 use attn_core::{AttnError, Qkv, Result, TensorView, View};
+use std::ops::Range;
 
 /// Width of a row of an extra input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -245,6 +246,20 @@ impl<'a> Inputs<'a> {
     /// The extra input `name`, if it is given.
     pub fn extra(&self, name: &str) -> Option<View<'a, f32>> {
         self.extras.iter().find(|(known, _)| *known == name).map(|(_, view)| *view)
+    }
+
+    /// Some tokens and keys of all of them.
+    pub(super) fn narrow(&self, extras: &[Extra], tokens: Range<usize>, keys: Range<usize>) -> Self {
+        let per = |name: &str| extras.iter().find(|extra| extra.name == name).map(|extra| extra.per);
+        let own = |name: &str, view: &View<'a, f32>| match per(name) {
+            Some(Per::Key) => view.narrow(keys.clone()),
+            // All rows are the same, and one is there even without tokens.
+            Some(Per::Head) => view.narrow(0..tokens.len().max(1)),
+            _ => view.narrow(tokens.clone()),
+        };
+        let extras = self.extras.iter().map(|(name, view)| (*name, own(name, view))).collect();
+        let (q, k) = (self.q.narrow(tokens.clone()), self.k.narrow(keys.clone()));
+        Self { q, k, v: self.v.narrow(keys.clone()), extras }
     }
 
     /// Names and shapes of the extra inputs.

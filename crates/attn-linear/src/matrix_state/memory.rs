@@ -110,23 +110,42 @@ impl Memory {
         if named().all(|part| tensors.get(part.initial).is_none()) {
             return Ok(memory);
         }
-        for part in named() {
-            tensors.require(part.initial)?;
-            let (shape, data) = tensors.f32(part.initial)?.unwrap_or((&[], &[]));
-            let wanted = part.shape(sizes);
-            if shape != wanted {
-                let name = format!("{}'s shape", part.initial);
-                return Err(AttnError::value(name, format!("{shape:?}"), format!("{wanted:?}")));
-            }
-            let mut rows = data.chunks_exact(part.width);
-            for head in memory.data.chunks_exact_mut(memory.len) {
-                for r in 0..part.rows {
-                    let to = &mut head[part.offset + r * part.stride..][..part.width];
-                    to.copy_from_slice(rows.next().unwrap_or_default());
-                }
+        named().try_for_each(|part| memory.set(part, part.initial, sizes, tensors))?;
+        Ok(memory)
+    }
+
+    /// The gradient by the memory after the last token, from `grad_NAME` of the parts that are told; those that are not given are
+    /// zero, `None` if none is.
+    pub(super) fn gradient(plan: &Plan, sizes: &Sizes, tensors: &NamedTensors) -> Result<Option<Self>> {
+        let mut memory = Self::new(plan, sizes);
+        memory.data.fill(0.0);
+        let told = plan.parts.iter().filter(|part| !part.after.is_empty());
+        let given = told.map(|part| (part, format!("grad_{}", part.after)));
+        let given: Vec<_> = given.filter(|(_, name)| tensors.get(name).is_some()).collect();
+        given.iter().try_for_each(|(part, name)| memory.set(part, name, sizes, tensors))?;
+        Ok(if given.is_empty() { None } else { Some(memory) })
+    }
+
+    /// Sets a part from the tensor `name`.
+    fn set(&mut self, part: &Part, name: &str, sizes: &Sizes, tensors: &NamedTensors) -> Result<()> {
+        tensors.require(name)?;
+        let (shape, data) = tensors.f32(name)?.unwrap_or((&[], &[]));
+        let wanted = part.shape(sizes);
+        if shape != wanted {
+            return Err(AttnError::value(
+                format!("{name}'s shape"),
+                format!("{shape:?}"),
+                format!("{wanted:?}"),
+            ));
+        }
+        let mut rows = data.chunks_exact(part.width);
+        for head in self.data.chunks_exact_mut(self.len) {
+            for r in 0..part.rows {
+                let to = &mut head[part.offset + r * part.stride..][..part.width];
+                to.copy_from_slice(rows.next().unwrap_or_default());
             }
         }
-        Ok(memory)
+        Ok(())
     }
 
     /// The parts that are told, by name.
@@ -153,6 +172,13 @@ impl Memory {
             all.0.insert(name.into(), NamedTensor::f32(name, &part.shape(sizes), data)?);
         }
         Ok(all)
+    }
+
+    /// The memory of every `n`-th batch entry from `first` on: that of one of `n` packed sequences.
+    pub(super) fn of_sequence(&self, first: usize, n: usize) -> Self {
+        let entry = (self.heads * self.len).max(1);
+        let data = self.data.chunks_exact(entry).skip(first).step_by(n).flatten().copied().collect();
+        Self { batch: self.batch / n, parts: self.parts.clone(), data, ..*self }
     }
 
     /// Bytes held.

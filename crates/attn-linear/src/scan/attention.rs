@@ -119,6 +119,19 @@ fn tokens<'a>(x: &Qkv<'a>) -> Result<Tokens<'a>> {
     Tokens::of_any_width(&[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])
 }
 
+impl<V: ScanVariant> ScanAttention<V> {
+    /// [`Attention::forward`] of sequences packed one behind the other: `cu_seqlens` are the prefix sums of their lengths, from 0 to
+    /// all tokens. Each is a run of its own.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`]; [`AttnError::Value`] for sums that do not rise from 0 to the tokens.
+    pub fn forward_packed(&self, x: Qkv<'_>, cu_seqlens: &[usize], out: OutMut<'_>) -> Result<()> {
+        let cell = self.cell(&x.shape())?;
+        x.check_out(&out)?;
+        forward(&cell, &tokens(&x)?.packed(Some(cu_seqlens))?, out, None)
+    }
+}
+
 impl<V: ScanVariant> Attention for ScanAttention<V> {
     fn name(&self) -> &'static str {
         V::NAME

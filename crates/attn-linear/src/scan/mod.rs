@@ -29,3 +29,4 @@ pub use driver::{Gradients, backward, forward};
 pub(crate) use driver::{absorb, workspace_bytes};
 pub use state::ScanState;
 pub use tokens::Tokens;
+pub(crate) use tokens::sequences_of;

@@ -6,6 +6,11 @@ use attn_core::view::Rows;
 use attn_core::{AttnError, Element, Result, TensorView};
 use std::ops::Range;
 
+/// Batch entries of the state of a call, before its `cu_seqlens` are checked.
+pub(crate) fn sequences_of(cu_seqlens: Option<&[usize]>, batch: usize) -> usize {
+    batch * cu_seqlens.map_or(1, |sums| sums.len().saturating_sub(1))
+}
+
 /// Token rows of all heads, checked: `(batch, heads, length, width)` each, in any storage type. Fewer heads than the most of
 /// them are shared by consecutive heads.
 #[derive(Debug)]

@@ -59,15 +59,23 @@ impl Infini {
         Ok(ScanState::new(&self.cell(s.n_heads_q, s.head_dim, s.head_dim_v)?, s.batch, s.n_heads_q))
     }
 
-    /// Writes `out` from a memory, which moves to the end.
+    /// Writes `out` from a memory, which moves to the end. `cu_seqlens` are the prefix sums of the lengths of sequences packed one
+    /// behind the other: each is a run of its own, with a batch entry of its own in the memory.
     ///
     /// # Errors
     /// [`AttnError`] naming the argument that does not fit; nothing has then been written.
-    pub fn forward_from(&self, x: &Qkv<'_>, out: OutMut<'_>, state: &mut ScanState) -> Result<()> {
+    pub fn forward_from(
+        &self,
+        x: &Qkv<'_>,
+        cu_seqlens: Option<&[usize]>,
+        out: OutMut<'_>,
+        state: &mut ScanState,
+    ) -> Result<()> {
         let s = x.shape();
         let cell = self.cell(s.n_heads_q, s.head_dim, s.head_dim_v)?;
         x.check_out(&out)?;
-        forward(&cell, &Tokens::new(&cell, &[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])?, out, Some(state))
+        let tokens = Tokens::new(&cell, &[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])?;
+        forward(&cell, &tokens.packed(cu_seqlens)?, out, Some(state))
     }
 
     /// Gradients, given those by the output.
@@ -77,12 +85,14 @@ impl Infini {
     pub fn gradients(
         &self,
         x: &Qkv<'_>,
+        cu_seqlens: Option<&[usize]>,
         state: Option<&ScanState>,
         grad_out: &TensorView<'_>,
     ) -> Result<InfiniGrads> {
         let s = x.shape();
         let cell = self.cell(s.n_heads_q, s.head_dim, s.head_dim_v)?;
         let tokens = Tokens::new(&cell, &[("q", *x.q()), ("k", *x.k()), ("v", *x.v())])?;
+        let tokens = tokens.packed(cu_seqlens)?;
         let all = backward(&cell, &tokens, state, grad_out, None)?;
         let mut by = all.inputs.into_iter();
         let mut next = || by.next().unwrap_or_default();

@@ -3,9 +3,10 @@
 use super::infini::Infini;
 use super::ttt::{TttInputs, TttLinear};
 use crate::named::{self, check_causal, give, give_grad, output, view};
-use crate::scan::{ScanAttention, ScanVariant};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like, run_qkv};
-use attn_core::{Attention, AttnError, Family, Result};
+use crate::packed;
+use crate::scan::{ScanAttention, ScanVariant, sequences_of};
+use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, output_like, run_qkv};
+use attn_core::{Attention, AttnError, AttnShape, Family, Result};
 
 const CAUSAL: OptionSpec =
     OptionSpec { name: "causal", default: "true", help: "always true: the recurrence has no other form" };
@@ -35,7 +36,7 @@ pub(crate) fn entries() -> Vec<Entry> {
             constructor: |options| built(options, ttt(options)?),
             runner: |entry, options, tensors| {
                 if tensors.get("eta").is_none() {
-                    return run_qkv(entry, options, tensors);
+                    return packed::run(run_qkv, (entry, options, tensors));
                 }
                 check_causal(entry.name, options)?;
                 run_ttt(ttt(options)?, tensors)
@@ -77,20 +78,22 @@ fn infini(options: &Options) -> Result<Infini> {
 /// `q`, `k`, `v (batch, heads, length, width)`, `eta (batch, heads, length)`, `ln_w`, `ln_b (heads, width)`, and together
 /// `s0 (batch, heads, width, width)`, `b0 (batch, heads, 1, width)`. Gives `o`, `sT`, `bT`: the model of the last whole mini-batch.
 fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(TttLinear::NAME, &["q", "k", "v", "eta", "ln_w", "ln_b", "s0", "b0", "grad_o"])?;
+    let known = ["q", "k", "v", "eta", "ln_w", "ln_b", "s0", "b0", "cu_seqlens", "grad_o"];
+    tensors.only(TttLinear::NAME, &known)?;
     let v = view(tensors, "v")?;
-    let axes @ [batch, heads, n, width] = v.shape();
-    let mut steps = NamedTensors::default();
-    let eta = named::floats(tensors, "eta", &[batch, heads, n])?.to_vec();
-    steps.0.insert("eta".into(), NamedTensor::f32("eta", &[batch, heads, n, 1], eta)?);
+    let axes @ [batch, heads, _, width] = v.shape();
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
     let inputs = TttInputs {
         q: view(tensors, "q")?,
         k: view(tensors, "k")?,
         v,
-        eta: view(&steps, "eta")?,
+        eta: named::numbers(tensors, "eta")?,
         norm_weight: named::floats(tensors, "ln_w", &[heads, width])?,
         norm_bias: named::floats(tensors, "ln_b", &[heads, width])?,
+        cu_seqlens,
     };
+    let batch = sequences_of(cu_seqlens, batch);
     let (model, bias) = ([batch, heads, width, width], [batch, heads, 1, width]);
     let mut before = variant.state(&inputs)?;
     if tensors.get("s0").is_some() || tensors.get("b0").is_some() {
@@ -98,8 +101,8 @@ fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
         before.set_part(1, "b0", named::floats(tensors, "b0", &bias)?)?;
     }
     let (mut all, mut state) = (NamedTensors::default(), before.clone());
-    let o = output(axes, |out| variant.forward(&inputs, out, Some(&mut state)))?;
-    give(&mut all, "o", &axes, o)?;
+    let o = output(&v, axes, &axes, |out| variant.forward(&inputs, out, Some(&mut state)))?;
+    all.0.insert("o".into(), o);
     give(&mut all, "sT", &model, state.part(0))?;
     give(&mut all, "bT", &bias, state.part(1))?;
     if tensors.get("grad_o").is_some() {
@@ -122,9 +125,11 @@ fn run_ttt(variant: TttLinear, tensors: &NamedTensors) -> Result<NamedTensors> {
 /// `q`, `k`, `v`, and together `s0 (batch, heads, head_dim, head_dim_v)`, `z0 (batch, heads, head_dim)`. Gives `o`, `sT`, `zT`, the
 /// present segment included.
 fn run_infini(variant: Infini, tensors: &NamedTensors) -> Result<NamedTensors> {
-    tensors.only(Infini::NAME, &["q", "k", "v", "s0", "z0", "grad_o"])?;
+    tensors.only(Infini::NAME, &["q", "k", "v", "s0", "z0", "cu_seqlens", "grad_o"])?;
     let x = tensors.qkv()?;
-    let s = x.shape();
+    let sums = named::prefix_sums(tensors)?;
+    let cu_seqlens = sums.as_deref();
+    let s = AttnShape { batch: sequences_of(cu_seqlens, x.shape().batch), ..x.shape() };
     if s.n_q != s.n_kv {
         return Err(AttnError::shape("k", "n_kv", s.n_kv, s.n_q));
     }
@@ -138,7 +143,7 @@ fn run_infini(variant: Infini, tensors: &NamedTensors) -> Result<NamedTensors> {
         before.set_part(0, "s0", &rows)?;
     }
     let (mut all, mut state, mut out) = (NamedTensors::default(), before.clone(), output_like(&x));
-    variant.forward_from(&x, out.as_out()?, &mut state)?;
+    variant.forward_from(&x, cu_seqlens, out.as_out()?, &mut state)?;
     all.0.insert("o".into(), out);
     let split = |rows: &[f32]| -> (Vec<f32>, Vec<f32>) {
         let rows = rows.chunks_exact(s.head_dim_v + 1);
@@ -150,7 +155,7 @@ fn run_infini(variant: Infini, tensors: &NamedTensors) -> Result<NamedTensors> {
     give(&mut all, "sT", &s_axes, sums)?;
     give(&mut all, "zT", &z_axes, z)?;
     if tensors.get("grad_o").is_some() {
-        let grads = variant.gradients(&x, Some(&before), &view(tensors, "grad_o")?)?;
+        let grads = variant.gradients(&x, cu_seqlens, Some(&before), &view(tensors, "grad_o")?)?;
         let (sums, z) = split(&grads.state.part(0));
         let by = [("q", grads.q), ("k", grads.k), ("v", grads.v), ("s0", sums), ("z0", z)];
         by.into_iter().try_for_each(|(name, data)| give_grad(&mut all, tensors, name, data))?;

@@ -1,5 +1,6 @@
 //! Golden cases through the registry: outputs, and gradients from `grad_o`.
 
+use crate::golden_variations;
 use attn_core::registry::{NamedTensor, NamedTensors, Options, find};
 use attn_linear::registry;
 use attn_testkit::compare::{Tol, assert_close};
@@ -46,8 +47,8 @@ pub(crate) fn check_named(
         tensors.0.insert("grad_o".into(), w.clone());
     }
     let what = format!("{} {}", case.variant, case.case);
-    let got =
-        find(&registry(), ours).unwrap().run(options, &tensors).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let entry = *find(&registry(), ours).unwrap();
+    let got = entry.run(options, &tensors).unwrap_or_else(|e| panic!("{what}: {e}"));
     let outputs = case.outputs.0.keys().map(|name| {
         let ours = our_name(name);
         (name.clone(), scaled(&ours, got.require(&ours).unwrap_or_else(|e| panic!("{what}: {e}"))))
@@ -65,5 +66,9 @@ pub(crate) fn check_named(
             tol => tol,
         };
         assert_close(&what, &got.data.to_f64(), &want, tol);
+    }
+    if case.case.ends_with("t17") {
+        golden_variations::packed(&entry, options, &tensors);
+        golden_variations::halves(&entry, options, &tensors);
     }
 }

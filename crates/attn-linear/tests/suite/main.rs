@@ -11,6 +11,7 @@ mod features_properties;
 mod gated_features;
 mod golden;
 mod golden_cases;
+mod golden_variations;
 mod kernelised;
 mod low_rank;
 mod matrix_state_conformance;
@@ -22,3 +23,6 @@ mod scan_golden;
 mod scan_gradients;
 mod scan_properties;
 mod segments;
+#[cfg(feature = "candle")]
+mod tensors;
+mod typed;

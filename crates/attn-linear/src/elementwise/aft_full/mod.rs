@@ -12,22 +12,24 @@
 //!
 //! Source: Zhai et al. 2021 (An Attention Free Transformer), equations 2 and 5.
 
+mod heads;
 mod passes;
 mod registry;
 mod sums;
 
 pub(crate) use registry::entries;
 
-use crate::scan::math::{sigmoid, sigmoid64};
+use crate::scan::math::sigmoid64;
 use crate::scan::{Tokens, store};
 use attn_core::exact::Reference;
-use attn_core::simd::{Isa, Simd, SimdBase, SimdOp};
+use attn_core::simd::Isa;
 use attn_core::tile::MAX_LANES;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
     Qkv, QkvGrads, Result, Saved, Target, TensorView,
 };
-use passes::{Back, Pairs, Rows, gradients, means};
+use heads::{Gate, GateBack, Heads};
+use passes::{Back, Means, Pairs, Rows, gradients, means};
 
 /// AFT-full, or with a window AFT-local; see the [module](self). Without `causal` the numbers of queries and keys may differ.
 ///
@@ -228,101 +230,6 @@ impl AftFull {
         all.q = heads.queries.gather(0, s.head_dim_v, all.q);
         all.k = heads.keys.gather(0, s.head_dim_v, all.k);
         Ok(all)
-    }
-}
-
-use passes::Means;
-
-/// Rows of the heads, as wide as the values.
-struct Heads<'a> {
-    queries: Tokens<'a>,
-    keys: Tokens<'a>,
-    shape: AttnShape,
-    stride: usize,
-}
-
-impl<'a> Heads<'a> {
-    fn new(x: &Qkv<'a>) -> Result<Self> {
-        let shape = x.shape();
-        Ok(Self {
-            queries: Tokens::of_any_width(&[("q", *x.q())])?,
-            keys: Tokens::of_any_width(&[("k", *x.k()), ("v", *x.v())])?,
-            shape,
-            stride: shape.head_dim_v.next_multiple_of(MAX_LANES),
-        })
-    }
-
-    fn rows(&self, tokens: &Tokens<'_>, at: usize, head: (usize, usize), len: usize) -> Rows {
-        let mut rows = Rows::new(len, self.stride);
-        tokens.load(at, head, 0..len, (self.shape.head_dim_v, self.stride), &mut rows.data);
-        rows
-    }
-
-    fn query(&self, batch: usize, head: usize) -> Rows {
-        self.rows(&self.queries, 0, (batch, head), self.shape.n_q)
-    }
-
-    fn key_value(&self, batch: usize, head: usize) -> (Rows, Rows) {
-        let n = self.shape.n_kv;
-        (self.rows(&self.keys, 0, (batch, head), n), self.rows(&self.keys, 1, (batch, head), n))
-    }
-
-    /// Query heads that share a key/value head.
-    fn queries_of(&self, kv: usize) -> std::ops::Range<usize> {
-        let group = self.shape.n_heads_q / self.shape.n_heads_kv;
-        kv * group..(kv + 1) * group
-    }
-
-    fn unpadded<'r>(&self, rows: &'r Rows) -> impl Iterator<Item = f32> + use<'r> {
-        let width = self.shape.head_dim_v;
-        rows.data.chunks_exact(self.stride).flat_map(move |row| &row[..width]).copied()
-    }
-}
-
-/// `out = sigmoid(q) o x`.
-struct Gate<'a> {
-    q: &'a [f32],
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl SimdOp for Gate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let len = S::f32s::LEN;
-        let rows = self.q.chunks_exact(len).zip(self.x.chunks_exact(len));
-        for ((q, x), out) in rows.zip(self.out.chunks_exact_mut(len)) {
-            let [q, x] = [q, x].map(|row| S::f32s::from_slice(simd, row));
-            (sigmoid(simd, q) * x).store_slice(out);
-        }
-    }
-}
-
-/// [`Gate`] backwards: `grad` becomes that by `x`.
-struct GateBack<'a> {
-    q: &'a [f32],
-    x: &'a [f32],
-    grad: &'a mut [f32],
-    by_q: &'a mut [f32],
-}
-
-impl SimdOp for GateBack<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let len = S::f32s::LEN;
-        let rows = self.q.chunks_exact(len).zip(self.x.chunks_exact(len));
-        let grads = self.grad.chunks_exact_mut(len).zip(self.by_q.chunks_exact_mut(len));
-        for ((q, x), (grad, by_q)) in rows.zip(grads) {
-            let [q, x, d] = [q, x, &*grad].map(|row| S::f32s::from_slice(simd, row));
-            let s = sigmoid(simd, q);
-            let by = d * s;
-            by.store_slice(grad);
-            (by * x * (S::f32s::splat(simd, 1.0) - s)).store_slice(by_q);
-        }
     }
 }
 

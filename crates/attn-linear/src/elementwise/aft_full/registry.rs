@@ -2,6 +2,7 @@
 
 use super::{AftFull, AftGrads};
 use crate::named::{self, give_grad, view};
+use crate::packed;
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options};
 use attn_core::{Family, Qkv, Result};
 
@@ -31,7 +32,12 @@ pub(crate) fn entries() -> [Entry; 2] {
             summary: "AFT-full: weights of keys and of pairs of positions, no dot products (Zhai et al. 2021)",
             options: &[OptionSpec::CAUSAL, SLOPE],
             constructor: |options| Ok(Box::new(full(options)?)),
-            runner: |entry, options, tensors| run(&full(options)?, entry, tensors),
+            runner: |entry, options, tensors| {
+                packed::run(
+                    |entry, options, tensors| run(&full(options)?, entry, tensors),
+                    (entry, options, tensors),
+                )
+            },
         },
         Entry {
             name: "aft-local",
@@ -47,12 +53,18 @@ pub(crate) fn entries() -> [Entry; 2] {
                 },
             ],
             constructor: |options| Ok(Box::new(local(options)?)),
-            runner: |entry, options, tensors| run(&local(options)?, entry, tensors),
+            runner: |entry, options, tensors| {
+                packed::run(
+                    |entry, options, tensors| run(&local(options)?, entry, tensors),
+                    (entry, options, tensors),
+                )
+            },
         },
     ]
 }
 
-/// `q`, `k`, `v (batch, length, width)` or with heads, `wbias (length, length)` or with heads: gives `o`.
+/// `q`, `k`, `v (batch, length, width)` or with heads, `wbias (length, length)` or with heads: gives `o`. Packed
+/// sequences start over at the first position.
 fn run(aft: &AftFull, entry: &Entry, tensors: &NamedTensors) -> Result<NamedTensors> {
     tensors.only(entry.name, &["q", "k", "v", "wbias", "grad_o"])?;
     let x = Qkv::new(view(tensors, "q")?, view(tensors, "k")?, view(tensors, "v")?)?;

@@ -25,18 +25,20 @@
 mod fading;
 mod matrices;
 mod quotient;
+mod rows;
 
-use super::maps::{Map, Place, Side};
+use super::maps::{Map, Side};
 use super::{Gate, Normaliser};
 use crate::elementwise::front_panels as panels;
-use crate::scan::cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
-use crate::scan::gemm::{outer, pad, rows};
+use crate::scan::cell::{Cell, PanelMut, Piece, PieceGrads};
+use crate::scan::gemm::{outer, pad, rows as rows_by};
 use attn_core::simd::Simd;
 use attn_core::tile::{Start, transpose};
 use attn_core::view::Rows;
 use fading::Fading;
 use matrices::Chunk;
 use quotient::Divisor;
+use rows::{again, dot, scale_rows};
 
 /// What a cell does with tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,154 +73,6 @@ pub(super) struct FeatureCell {
 
 /// Most tokens of a piece.
 const PIECE: usize = 64;
-
-impl FeatureCell {
-    pub(crate) fn features(&self) -> usize {
-        self.keys.width(self.key_dim)
-    }
-
-    /// Columns of the state.
-    pub(crate) fn columns(&self) -> usize {
-        self.value_dim + usize::from(self.normaliser.divides())
-    }
-
-    /// Of all heads, the keys' heads that a piece reads.
-    fn key_head(&self, piece: Piece<'_>) -> usize {
-        // Absorbing runs over the heads of keys.
-        let group = if self.part == Part::Absorb { 1 } else { self.heads.0 / self.heads.1.max(1) };
-        piece.batch * self.heads.1 + piece.head / group
-    }
-
-    fn place<'a>(&'a self, piece: Piece<'_>, side: Side) -> Place<'a> {
-        let shift = if side == Side::Query || self.shifts.is_empty() {
-            &[]
-        } else {
-            &self.shifts[self.key_head(piece)][..]
-        };
-        Place { side, head: piece.head, first: piece.first, len: piece.len, shift }
-    }
-
-    fn map_scratch(&self, len: usize) -> usize {
-        self.queries.scratch(self.key_dim, len).max(self.keys.scratch(self.key_dim, len))
-    }
-
-    /// Queries' features, scaled.
-    #[inline(always)]
-    fn read_features<S: Simd>(&self, simd: S, piece: Piece<'_>, mut out: PanelMut<'_>, scratch: &mut [f32]) {
-        let at = self.place(piece, Side::Query);
-        self.queries.apply(simd, at, (piece.inputs[0], self.key_dim), again(&mut out), scratch);
-        if self.scale != 1.0 {
-            (0..piece.len).for_each(|t| out.row(t).iter_mut().for_each(|x| *x *= self.scale));
-        }
-    }
-
-    /// What values are taken relative to, `[value_dim]`: 0 where weights are not normalised.
-    #[inline(always)]
-    fn reference(&self, piece: Piece<'_>, out: &mut [f32]) {
-        match self.part {
-            _ if !matches!(
-                self.normaliser,
-                Normaliser::Plus(_) | Normaliser::AtLeast(_) | Normaliser::EachPlus(_)
-            ) =>
-            {
-                out.fill(0.0);
-            }
-            // Further on averages are of many values.
-            Part::Causal if piece.first > 0 => out.fill(0.0),
-            Part::Causal => {
-                let first = self.key_value(piece).1.row(0);
-                out.iter_mut().zip(first).for_each(|(m, v)| *m = if v.is_finite() { *v } else { 0.0 });
-            }
-            _ if self.references.is_empty() => out.fill(0.0),
-            _ => out.copy_from_slice(&self.references[self.key_head(piece)]),
-        }
-    }
-
-    /// Values less the reference, with their ones.
-    #[inline(always)]
-    fn values(&self, piece: Piece<'_>, reference: Option<&[f32]>, out: &mut PanelMut<'_>) {
-        let v = self.key_value(piece).1;
-        for t in 0..piece.len {
-            let row = out.row(t);
-            row[..self.value_dim].copy_from_slice(&v.row(t)[..self.value_dim]);
-            if let Some(reference) = reference {
-                row[..self.value_dim].iter_mut().zip(reference).for_each(|(v, m)| *v -= m);
-            }
-            row[self.value_dim..].fill(1.0);
-        }
-    }
-
-    /// The gates of a piece, if there are any.
-    #[inline(always)]
-    fn fading<'s>(&self, piece: Piece<'_>, scratch: &'s mut [f32]) -> Option<Fading<'s>> {
-        match self.gate {
-            _ if self.part != Part::Causal => None,
-            Gate::None => None,
-            Gate::Constant(r) => Some(Fading::new(piece.len, |_| r, scratch)),
-            Gate::Given => Some(Fading::new(piece.len, |t| piece.inputs[3].row(t)[0], scratch)),
-        }
-    }
-
-    /// The reads of the state, `[len, columns]`, faded.
-    #[inline(always)]
-    fn read_state<S: Simd>(
-        &self,
-        simd: S,
-        len: usize,
-        p: Panel<'_>,
-        state: &[f32],
-        fading: Option<&Fading<'_>>,
-        n: &mut PanelMut<'_>,
-    ) {
-        let (f, c) = (self.features(), self.columns());
-        rows(simd, [len, c, f], p, state, n, Start::Zero);
-        if let Some(fading) = fading {
-            scale_rows(n, fading.past);
-        }
-    }
-
-    /// Makes the reads of the state relative to the reference.
-    #[inline(always)]
-    fn centre(&self, len: usize, reference: &[f32], n: &mut PanelMut<'_>) {
-        if self.part != Part::Causal || !self.normaliser.divides() {
-            return;
-        }
-        for t in 0..len {
-            let row = n.row(t);
-            let d = row[self.value_dim];
-            row[..self.value_dim].iter_mut().zip(reference).for_each(|(n, m)| *n -= d * m);
-        }
-    }
-
-    fn key_value<'a>(&self, piece: Piece<'a>) -> (Panel<'a>, Panel<'a>) {
-        let at = usize::from(self.part == Part::Causal);
-        (piece.inputs[at], piece.inputs[at + 1])
-    }
-
-    /// `D` of a row of `N'`.
-    #[inline(always)]
-    fn sum_of_weights(&self, n: &[f32]) -> f32 {
-        if self.normaliser.divides() { n[self.value_dim] } else { 0.0 }
-    }
-}
-
-/// The same panel for a shorter time.
-#[inline(always)]
-fn again<'a>(panel: &'a mut PanelMut<'_>) -> PanelMut<'a> {
-    PanelMut { data: &mut *panel.data, stride: panel.stride }
-}
-
-/// Multiplies row `t` by `by[t]`.
-#[inline(always)]
-fn scale_rows(panel: &mut PanelMut<'_>, by: &[f32]) {
-    by.iter().enumerate().for_each(|(t, by)| panel.row(t).iter_mut().for_each(|x| *x *= by));
-}
-
-/// `sum x y`.
-#[inline(always)]
-fn dot(x: &[f32], y: &[f32]) -> f32 {
-    x.iter().zip(y).map(|(x, y)| x * y).sum()
-}
 
 impl Cell for FeatureCell {
     fn inputs(&self) -> Vec<usize> {
@@ -389,18 +243,18 @@ impl Cell for FeatureCell {
                 scale_rows(&mut d_held, fading.past);
             }
             transpose(simd, Rows::new(state[0], f, c, pad(c)), 1.0, state_turned, pad(f));
-            rows(simd, [len, f, c], d_held.as_panel(), state_turned, &mut dp, Start::Keep);
+            rows_by(simd, [len, f, c], d_held.as_panel(), state_turned, &mut dp, Start::Keep);
         }
         if self.part == Part::Causal {
             transpose(simd, Rows::new(v.data, len, c, pad(c)), 1.0, turned, pad(len));
-            rows(simd, [len, len, c], dn.as_panel(), turned, &mut da, Start::Zero);
+            rows_by(simd, [len, len, c], dn.as_panel(), turned, &mut da, Start::Zero);
             (0..len).for_each(|t| da.row(t)[t + 1..].fill(0.0));
             self.values(piece, None, &mut v);
         }
         if self.part != Part::Read {
             transpose(simd, Rows::new(grad_state, f, c, pad(c)), 1.0, state_turned, pad(f));
-            rows(simd, [len, f, c], v.as_panel(), state_turned, &mut dr, Start::Zero);
-            rows(simd, [len, c, f], r.as_panel(), grad_state, &mut dv, Start::Zero);
+            rows_by(simd, [len, f, c], v.as_panel(), state_turned, &mut dr, Start::Zero);
+            rows_by(simd, [len, c, f], r.as_panel(), grad_state, &mut dv, Start::Zero);
             if let Some(fading) = &fading {
                 scale_rows(&mut dr, fading.end);
                 scale_rows(&mut dv, fading.end);
@@ -420,7 +274,7 @@ impl Cell for FeatureCell {
                 }
             }
             if self.part == Part::Causal {
-                rows(simd, [len, f, len], da.as_panel(), r.data, &mut dp, Start::Keep);
+                rows_by(simd, [len, f, len], da.as_panel(), r.data, &mut dp, Start::Keep);
                 let by = (da.as_panel(), p.as_panel());
                 outer(simd, [len, f, len], by, (dr.data, pad(f)), Start::Keep);
                 let by = (a.as_panel(), dn.as_panel());
