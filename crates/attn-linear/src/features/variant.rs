@@ -82,7 +82,7 @@ pub trait FeatureVariant: Clone + Send + Sync + 'static {
     /// The options for heads of `head_dim` and sequences of up to `n` rows.
     ///
     /// # Errors
-    /// [`AttnError::Value`] for an option that makes no sense.
+    /// [`attn_core::AttnError::Value`] for an option that makes no sense.
     fn spec(&self, n_heads_q: usize, head_dim: usize, n: usize) -> Result<FeatureSpec>;
 
     /// Whether features depend on the length of the whole, so that a stream would have to know it.
@@ -100,7 +100,7 @@ pub trait FeatureVariant: Clone + Send + Sync + 'static {
         true
     }
 
-    /// [`Profile::max_error`].
+    /// [`attn_core::Profile::max_error`].
     fn max_error(&self) -> f64 {
         1e-5
     }
