@@ -1,4 +1,4 @@
-//! Sparse attention: patterns decide which pairs are seen, the exact tile engine attends them.
+//! Sparse attention: deciders choose which pairs are attended, the exact tile engine attends them.
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
@@ -6,16 +6,23 @@
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
 //!
-//! A variant is a [`Pattern`]: its mask and its words. Everything else, from the log-sum-exp to streaming, is shared.
+//! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
+//! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
+//! What a decider chooses is a mask, usually a [`BlockMask`].
 
-mod chunked_causal;
-mod pattern;
+mod attention;
+mod block_mask;
+mod decider;
+mod patterns;
 mod registry;
-mod sink_window;
-mod sliding_window;
 
-pub use chunked_causal::ChunkedCausal;
-pub use pattern::{Pattern, SparseAttention};
+pub use attention::SparseAttention;
+pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
+pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
 pub use registry::registry;
-pub use sink_window::SinkWindow;
-pub use sliding_window::SlidingWindow;
+
+/// Query heads over all batch entries.
+fn heads(shape: &attn_core::AttnShape) -> u64 {
+    (shape.batch * shape.n_heads_q) as u64
+}

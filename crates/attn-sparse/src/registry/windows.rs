@@ -1,11 +1,11 @@
-//! The sparse variants by name.
+//! Windows and chunks.
 
-use crate::{ChunkedCausal, Pattern, SinkWindow, SlidingWindow, SparseAttention};
+use super::{at_least_1, build, only_causal};
+use crate::{ChunkedCausal, Pattern, SinkWindow, SlidingWindow};
 use attn_core::registry::{Entry, OptionSpec, Options, run_qkv};
-use attn_core::{Attention, AttnError, Family, Result};
+use attn_core::{AttnError, Family, Result};
 
-/// Every variant of this crate.
-pub fn registry() -> Vec<Entry> {
+pub(super) fn entries() -> Vec<Entry> {
     vec![
         Entry {
             name: SlidingWindow::NAME,
@@ -51,14 +51,12 @@ pub fn registry() -> Vec<Entry> {
                 OptionSpec::SCALE,
             ],
             constructor: |options| {
-                if !options.get_or("causal", true)? {
-                    return Err(AttnError::unsupported(SinkWindow::NAME, "`causal=false`"));
-                }
+                only_causal(options, SinkWindow::NAME)?;
                 build(
                     options,
                     SinkWindow {
                         n_sinks: options.get_or("n_sinks", 4)?,
-                        window: at_least_1(options, "window")?,
+                        window: at_least_1(options, "window", 512)?,
                     },
                 )
             },
@@ -73,27 +71,15 @@ pub fn registry() -> Vec<Entry> {
                 OptionSpec::SCALE,
             ],
             constructor: |options| {
-                build(options, ChunkedCausal { chunk_len: at_least_1(options, "chunk_len")? })
+                build(options, ChunkedCausal { chunk_len: at_least_1(options, "chunk_len", 512)? })
             },
             runner: run_qkv,
         },
     ]
 }
 
-fn build<P: Pattern>(options: &Options, pattern: P) -> Result<Box<dyn Attention>> {
-    Ok(Box::new(SparseAttention { pattern, softmax_scale: options.get("scale")? }))
-}
-
-/// A length with the default 512; 0 would hide even a query's own key.
-fn at_least_1(options: &Options, name: &str) -> Result<usize> {
-    match options.get_or(name, 512)? {
-        0 => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1: a query's own key")),
-        length => Ok(length),
-    }
-}
-
 fn sliding_window(options: &Options) -> Result<SlidingWindow> {
-    let (causal, side) = (options.get_or("causal", false)?, at_least_1(options, "window")? - 1);
+    let (causal, side) = (options.get_or("causal", false)?, at_least_1(options, "window", 512)? - 1);
     let right = options.get("window_right")?;
     if causal && right.is_some_and(|right: usize| right > 0) {
         return Err(AttnError::value("option `window_right`", right.unwrap_or(0), "0 with `causal=true`"));

@@ -5,9 +5,9 @@
 //!
 //! Sources: Child et al. 2019; Beltagy, Peters, Cohan 2020 (Longformer); Jiang et al. 2023 (Mistral 7B).
 
-use crate::pattern::Pattern;
+use crate::{Pattern, heads};
 use attn_core::mask::{Align, Band};
-use attn_core::{AttnShape, Growth, band_pairs};
+use attn_core::{AttnShape, Result, band_pairs};
 use attn_flash::stream::Kept;
 
 /// Keys near the query. Time `O(n_q * (left + right + 1))`; a causal stream keeps `left` positions.
@@ -51,23 +51,19 @@ impl Pattern for SlidingWindow {
 
     const NAME: &'static str = "sliding-window";
 
-    fn mask(&self, shape: &AttnShape) -> Band {
-        self.band(shape)
+    fn mask(&self, shape: &AttnShape) -> Result<Band> {
+        Ok(self.band(shape))
     }
 
     fn pairs(&self, shape: &AttnShape) -> u64 {
-        band_pairs(shape, &self.band(shape))
+        heads(shape) * band_pairs(shape, &self.band(shape))
     }
 
     fn is_causal(&self) -> bool {
         self.right == 0
     }
 
-    fn kept(&self) -> Kept {
-        Kept { sinks: 0, last: Some(self.left) }
-    }
-
-    fn growth(&self) -> Growth {
-        Growth::Linear
+    fn kept(&self) -> Option<Kept> {
+        Some(Kept { sinks: 0, last: Some(self.left) })
     }
 }

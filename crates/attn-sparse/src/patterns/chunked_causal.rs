@@ -6,10 +6,9 @@
 //!
 //! Source: the local layers of Llama 4 (Meta, 2025).
 
-use crate::pattern::Pattern;
+use crate::{Pattern, heads};
 use attn_core::mask::{Align, And, Band, Cover, Head, Mask, Pair};
-use attn_core::{AttnShape, Growth};
-use attn_flash::stream::Kept;
+use attn_core::{AttnShape, Result};
 use std::ops::Range;
 
 /// Keys of the query's own chunk, up to the query. Time `O(n_q * chunk_len)`.
@@ -68,27 +67,19 @@ impl Pattern for ChunkedCausal {
 
     const NAME: &'static str = "chunked-causal";
 
-    fn mask(&self, shape: &AttnShape) -> Self::Mask {
+    fn mask(&self, shape: &AttnShape) -> Result<Self::Mask> {
         let causal = Band::causal(shape, Align::BottomRight);
-        And(causal, SameChunk { chunk_len: self.chunk_len.max(1), offset: causal.offset })
+        Ok(And(causal, SameChunk { chunk_len: self.chunk_len.max(1), offset: causal.offset }))
     }
 
     fn pairs(&self, shape: &AttnShape) -> u64 {
         // A query at position p sees p mod chunk_len + 1 keys: sum over the positions before x.
         let c = self.chunk_len.max(1) as u64;
         let before = |x: u64| x / c * (c * (c + 1) / 2) + (x % c) * (x % c + 1) / 2;
-        before(shape.n_kv as u64) - before(shape.n_kv.saturating_sub(shape.n_q) as u64)
+        heads(shape) * (before(shape.n_kv as u64) - before(shape.n_kv.saturating_sub(shape.n_q) as u64))
     }
 
     fn is_causal(&self) -> bool {
         true
-    }
-
-    fn kept(&self) -> Kept {
-        Kept { sinks: 0, last: None }
-    }
-
-    fn growth(&self) -> Growth {
-        Growth::Linear
     }
 }

@@ -7,9 +7,9 @@
 //!
 //! Source: Xiao, Tian, Chen, Han, Lewis, "Efficient Streaming Language Models with Attention Sinks", 2024.
 
-use crate::pattern::Pattern;
+use crate::{Pattern, heads};
 use attn_core::mask::{Align, And, Band, KeysBelow, Or};
-use attn_core::{AttnShape, Growth, band_pairs};
+use attn_core::{AttnShape, Result, band_pairs};
 use attn_flash::stream::Kept;
 
 /// The first `n_sinks` keys and the last `window`, the query's own included. Time `O(n_q * (n_sinks + window))`; a stream
@@ -37,8 +37,8 @@ impl Pattern for SinkWindow {
 
     const NAME: &'static str = "sink-window";
 
-    fn mask(&self, shape: &AttnShape) -> Self::Mask {
-        And(self.causal(shape), Or(KeysBelow(self.n_sinks), self.window(shape)))
+    fn mask(&self, shape: &AttnShape) -> Result<Self::Mask> {
+        Ok(And(self.causal(shape), Or(KeysBelow(self.n_sinks), self.window(shape))))
     }
 
     fn pairs(&self, shape: &AttnShape) -> u64 {
@@ -46,18 +46,14 @@ impl Pattern for SinkWindow {
         let sinks = AttnShape { n_kv: self.n_sinks.min(shape.n_kv), ..*shape };
         let over_sinks = |band: Band| band_pairs(&sinks, &band);
         let (causal, window) = (self.causal(shape), self.window(shape));
-        band_pairs(shape, &window) + over_sinks(causal) - over_sinks(window)
+        heads(shape) * (band_pairs(shape, &window) + over_sinks(causal) - over_sinks(window))
     }
 
     fn is_causal(&self) -> bool {
         true
     }
 
-    fn kept(&self) -> Kept {
-        Kept { sinks: self.n_sinks, last: Some(self.window.saturating_sub(1)) }
-    }
-
-    fn growth(&self) -> Growth {
-        Growth::Linear
+    fn kept(&self) -> Option<Kept> {
+        Some(Kept { sinks: self.n_sinks, last: Some(self.window.saturating_sub(1)) })
     }
 }
