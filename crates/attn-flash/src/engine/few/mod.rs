@@ -122,7 +122,7 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
 
     let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; FEW];
     let spans = spans_of(problem, spec, task, &segments);
-    let key_bias = spec.key_bias_of(problem, &task);
+    let key_bias = spec.key_bias_of(problem, task);
     let edges = Edges { spec, segments: &segments, key_bias };
     for_each_chunk(&spans, BLOCK, |ranges| {
         if let [range] = ranges
