@@ -44,7 +44,7 @@ pub struct Decision {
 
 impl Decision {
     /// The pairs that `mask` sees.
-    pub fn new(mask: impl Mask + Send + Sync + 'static) -> Self {
+    pub fn new(mask: impl Mask + Send + 'static) -> Self {
         Self { mask: Arc::new(mask), rows_apart: false }
     }
 

@@ -58,10 +58,11 @@ impl BlockMask {
         let first = blocks.partition_point(|block| (*block as usize) < touched.start);
         let listed = blocks[first..].iter().take_while(|block| (**block as usize) < touched.end).count();
         let (mut all, mut none) = (listed == touched.len(), true);
-        for place in first..first + listed {
-            let cover = match (self.partial[row.start + place], &self.inside) {
+        let partial = &self.partial[row];
+        for (block, partial) in blocks.iter().zip(partial).skip(first).take(listed) {
+            let cover = match (partial, &self.inside) {
                 (true, Some(inside)) => {
-                    let block = self.block_keys(blocks[place] as usize);
+                    let block = self.block_keys(*block as usize);
                     let keys = block.start.max(keys.start)..block.end.min(keys.end);
                     inside.cover(head, rows.clone(), keys)
                 }
