@@ -12,14 +12,15 @@
 //! are bf16 both products may be of bf16 pairs, see `native_bf16`.
 
 use super::Spec;
-use super::chunks::{for_each_chunk, share_of, union};
+use super::chunks::{Chunks, SHORT, share_of, union};
+use super::company::companies;
 use super::few::{self, FEW, FewScratch};
 use super::finish::emit;
 use super::native_bf16::NativeBf16;
 use super::online_softmax::Sought;
 use super::panel::Panel;
 use super::problem::Problem;
-use super::rows::Wide;
+use super::rows::{HeadRows, KeyRows, Wide};
 use super::tasks::Task;
 use crate::tiles::{PANEL, TileSizes};
 use attn_core::AttnShape;
@@ -27,12 +28,16 @@ use attn_core::dropout::Dropout;
 use attn_core::mask::{Cover, Mask};
 use attn_core::score::{ScoreMod, ScoreTile};
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Bf16Dot, Lhs, Rhs, Start, TileMut, all_finite, product, transpose};
+use attn_core::tile::{Bf16Dot, Lhs, Rhs, Start, TileMut, all_finite, prefetch, product, transpose};
 use attn_core::view::Rows;
 use std::ops::Range;
 
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
 const MASK_STEP: usize = 32;
+/// Rows of a product between which rows of the next chunk are asked for: whole register tiles.
+const STEP: usize = 24;
+/// Keys and values that stay in the second-level cache from one panel to the next.
+const NEAR_BYTES: usize = 1 << 19;
 
 /// A thread's scratch, taken once.
 pub(super) struct Workspace {
@@ -56,7 +61,8 @@ pub(super) struct Workspace {
 impl Workspace {
     pub(super) fn new(problem: &Problem<'_>, tiles: TileSizes, dot: Option<Bf16Dot>) -> Self {
         let shape = problem.shape();
-        let n_panels = tiles.block_q().min(shape.n_q * shape.group_size()).div_ceil(PANEL);
+        let together = if tiles.are_rows_apart() { shape.group_size() } else { tiles.block_q() };
+        let n_panels = together.min(shape.n_q * shape.group_size()).div_ceil(PANEL);
         let block_kv = tiles.block_kv().min(shape.n_kv);
         Self {
             panels: (0..n_panels).map(|_| Panel::new(shape.head_dim, shape.head_dim_v)).collect(),
@@ -91,66 +97,86 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
         let shape = problem.shape();
         let kv_head = shape.kv_head(task.heads.start);
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
-        let n_lanes = task.heads.len() * task.rows.len();
-
-        if tiles.are_rows_apart() {
-            return few::attend_rows_apart(simd, problem, spec, &mut workspace.few, task);
-        }
-        if n_lanes <= FEW && few::serves(spec) {
-            return few::attend(simd, problem, spec, &mut workspace.few, &mut task);
-        }
-
-        let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, native, .. } = workspace;
-        let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
-        for (p, panel) in panels.iter_mut().enumerate() {
-            let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
-            panel.start(simd, problem, spec, &task, lanes, rows);
-        }
-        if let Some(native) = native {
-            native.start(panels, problem, task.sequence);
-        }
-
-        let mut spans = match &*panels {
-            [one] => one.spans.clone(),
-            many => union(many.iter().flat_map(|panel| panel.spans.iter().cloned()).collect()),
-        };
-        if let Some(share) = &task.share {
-            spans = share_of(&spans, share.clone());
-        }
-        let key_bias = spec.key_bias_of(problem, &task);
-        let tile = Tile { spec, key_bias, shape };
-        for_each_chunk(&spans, tiles.block_kv(), |ranges| {
-            key_scale.clear();
-            let packed = native
-                .as_mut()
-                .and_then(|native| native.pack(simd, (&k_rows, &v_rows), ranges).then_some(native));
-            let mut rows = match packed {
-                Some(native) => KeyRowsOf::Pairs(native),
-                None => KeyRowsOf::Wide { k: k_rows.wide(ranges, wide_k), v: v_rows.wide(ranges, wide_v) },
-            };
-            if let (Some(norm), KeyRowsOf::Wide { k, .. }) = (&spec.qk_norm, &rows) {
-                let n_keys = ranges.iter().map(Range::len).sum();
-                key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
+        let rows_of_task = task.rows.clone();
+        // Rows that stand apart come one by one, beside each other only the heads that share their keys.
+        let n_rows = if tiles.are_rows_apart() { 1 } else { rows_of_task.len() };
+        for first in rows_of_task.step_by(n_rows.max(1)) {
+            task.rows = first..first + n_rows;
+            let n_lanes = task.heads.len() * n_rows;
+            if n_lanes <= FEW && few::serves(spec) {
+                few::attend(simd, problem, spec, &mut workspace.few, &mut task);
+                continue;
             }
+            let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, native, .. } =
+                &mut *workspace;
+            let panels = &mut panels[..n_lanes.div_ceil(PANEL)];
             for (p, panel) in panels.iter_mut().enumerate() {
-                let [keys] = ranges else {
-                    let keys = Keys { ranges, skip: 0, scale: key_scale };
-                    tile.attend(simd, (p, panel), keys, &mut rows, TileScratch { scores, finite_v });
-                    continue;
+                let lanes = p * PANEL..((p + 1) * PANEL).min(n_lanes);
+                panel.start(simd, problem, spec, &task, lanes, rows);
+            }
+            if let Some(native) = native {
+                native.start(panels, problem, task.sequence);
+            }
+            let key_bias = spec.key_bias_of(problem, &task);
+            let tile = Tile { spec, key_bias, shape };
+            // Where every panel would make the same keys ready again, they stay together while that is possible.
+            let ready = native.is_none()
+                && spec.qk_norm.is_none()
+                && task.share.is_none()
+                && k_rows.is_in_place()
+                && v_rows.is_in_place();
+            let alone = if ready { NEAR_BYTES / (4 * (shape.head_dim + shape.head_dim_v)).max(1) } else { 0 };
+            for company in companies(panels, alone) {
+                let mut spans = match &panels[company.clone()] {
+                    [one] => one.spans.clone(),
+                    many => union(many.iter().flat_map(|panel| panel.spans.iter().cloned()).collect()),
                 };
-                for at in 0..panel.spans.len() {
-                    let seen = &panel.spans[at];
-                    let seen = seen.start.max(keys.start)..seen.end.min(keys.end);
-                    if !seen.is_empty() {
-                        let skip = seen.start - keys.start;
-                        let scale = &key_scale[skip.min(key_scale.len())..];
-                        let keys = Keys { ranges: &[seen], skip, scale };
-                        tile.attend(simd, (p, panel), keys, &mut rows, TileScratch { scores, finite_v });
+                let alike = panels[company.clone()].iter().all(|panel| panel.spans == spans);
+                if let Some(share) = &task.share {
+                    spans = share_of(&spans, share.clone());
+                }
+                let chunks = Chunks::new(&spans, tiles.block_kv(), SHORT);
+                for (c, ranges) in chunks.iter().enumerate() {
+                    let next = chunks.get(c + 1).filter(|_| ready);
+                    let mut ahead = Ahead::new(next, [&k_rows, &v_rows]);
+                    key_scale.clear();
+                    let packed = native
+                        .as_mut()
+                        .and_then(|native| native.pack(simd, (&k_rows, &v_rows), ranges).then_some(native));
+                    let mut rows = match packed {
+                        Some(native) => KeyRowsOf::Pairs(native),
+                        None => {
+                            KeyRowsOf::Wide { k: k_rows.wide(ranges, wide_k), v: v_rows.wide(ranges, wide_v) }
+                        }
+                    };
+                    if let (Some(norm), KeyRowsOf::Wide { k, .. }) = (&spec.qk_norm, &rows) {
+                        let n_keys = ranges.iter().map(Range::len).sum();
+                        key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
+                    }
+                    for p in company.clone() {
+                        let panel = &mut panels[p];
+                        let [keys] = ranges else {
+                            let keys = Keys { ranges, skip: 0, scale: key_scale, all_seen: alike };
+                            let scratch = TileScratch { scores, finite_v, ahead: &mut ahead };
+                            tile.attend(simd, (p, panel), keys, &mut rows, scratch);
+                            continue;
+                        };
+                        for at in panel.spans.partition_point(|span| span.end <= keys.start).. {
+                            let Some(span) = panel.spans.get(at).filter(|span| span.start < keys.end) else {
+                                break;
+                            };
+                            let seen = span.start.max(keys.start)..span.end.min(keys.end);
+                            let skip = seen.start - keys.start;
+                            let scale = &key_scale[skip.min(key_scale.len())..];
+                            let keys = Keys { ranges: &[seen], skip, scale, all_seen: true };
+                            let scratch = TileScratch { scores, finite_v, ahead: &mut ahead };
+                            tile.attend(simd, (p, panel), keys, &mut rows, scratch);
+                        }
                     }
                 }
             }
-        });
-        write(simd, panels, spec.sinks, task, rows);
+            write(simd, panels, spec.sinks, &mut task, rows);
+        }
     }
 }
 
@@ -167,6 +193,8 @@ struct Keys<'a> {
     skip: usize,
     /// What the scores of each key are multiplied with; empty is 1.
     scale: &'a [f32],
+    /// None of them lies outside of the panel's spans.
+    all_seen: bool,
 }
 
 impl Keys<'_> {
@@ -194,9 +222,39 @@ impl Keys<'_> {
 }
 
 /// Scratch for one tile; see [`Workspace`].
-struct TileScratch<'a> {
+struct TileScratch<'a, 'k> {
     scores: &'a mut [f32],
     finite_v: &'a mut Vec<f32>,
+    ahead: &'a mut Ahead<'k>,
+}
+
+/// The keys and values of the next chunk, asked for a few at a time between products: where the spans of a mask lie far apart,
+/// nothing else would bring them to the caches in time.
+struct Ahead<'a> {
+    rows: [Option<Rows<'a, f32>>; 2],
+    /// Rows already asked for.
+    next: [usize; 2],
+}
+
+impl<'a> Ahead<'a> {
+    fn new(next: Option<&[Range<usize>]>, kv: [&KeyRows<'a>; 2]) -> Self {
+        let rows = |rows: &KeyRows<'a>| match (rows, next) {
+            (KeyRows::Strided(HeadRows::F32(rows)), Some([keys])) => Some(rows.slice(keys.clone())),
+            _ => None,
+        };
+        Self { rows: kv.map(rows), next: [0; 2] }
+    }
+
+    /// Asks for the next `n` rows of keys (0) or values (1).
+    #[inline(always)]
+    fn ask(&mut self, which: usize, n: usize) {
+        if let Some(rows) = &self.rows[which] {
+            let first = self.next[which];
+            let end = (first + n).min(rows.len());
+            (first..end).for_each(|i| prefetch(rows.row(i)));
+            self.next[which] = end;
+        }
+    }
 }
 
 /// What all tiles of a block share.
@@ -216,11 +274,15 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         (p, panel): (usize, &mut Panel),
         keys: Keys<'_>,
         rows: &mut KeyRowsOf<'_>,
-        scratch: TileScratch<'_>,
+        scratch: TileScratch<'_, '_>,
     ) {
-        let mut covers = keys.ranges.iter().map(|range| panel.cover(self.spec.mask, range));
-        let first = covers.next().unwrap_or(Cover::Empty);
-        let cover = if covers.all(|cover| cover == first) { first } else { Cover::Partial };
+        let cover = if panel.sees_spans && keys.all_seen {
+            Cover::Full
+        } else {
+            let mut covers = keys.ranges.iter().map(|range| panel.cover(self.spec.mask, range));
+            let first = covers.next().unwrap_or(Cover::Empty);
+            if covers.all(|cover| cover == first) { first } else { Cover::Partial }
+        };
         if cover != Cover::Empty {
             simd.vectorize(
                 #[inline(always)]
@@ -265,7 +327,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         panel: &mut Panel,
         keys: Keys<'_>,
         (k, v): (Wide<'_>, Wide<'_>),
-        scratch: TileScratch<'_>,
+        scratch: TileScratch<'_, '_>,
         cover: Cover,
     ) {
         let n_keys = keys.len();
@@ -273,14 +335,18 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         let scores = &mut scratch.scores[..n_keys * PANEL];
         let mut sought = Sought::first(simd);
         let hidden = loop {
-            product(
-                simd,
-                [n_keys, lanes, self.shape.head_dim],
-                Lhs { data: k.data, row_stride: k.stride, col_stride: 1 },
-                Rhs { data: &panel.q, stride: PANEL },
-                TileMut { data: scores, stride: PANEL },
-                Start::Zero,
-            );
+            for first in (0..n_keys).step_by(STEP) {
+                scratch.ahead.ask(0, STEP);
+                let n = STEP.min(n_keys - first);
+                product(
+                    simd,
+                    [n, lanes, self.shape.head_dim],
+                    Lhs { data: k.skip(first).data, row_stride: k.stride, col_stride: 1 },
+                    Rhs { data: &panel.q, stride: PANEL },
+                    TileMut { data: &mut scores[first * PANEL..], stride: PANEL },
+                    Start::Zero,
+                );
+            }
             self.modify(simd, scores, panel, &keys);
             let hidden = if cover == Cover::Partial { self.hide(scores, panel, &keys) } else { 0..0 };
             if panel.softmax.absorb(simd, scores, &mut panel.acc, lanes, sought) {
@@ -302,7 +368,13 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         if suspects.any(|key| !all_finite(v.row(key, self.shape.head_dim_v))) {
             accumulate_poisoned(simd, size, v, scores, &mut panel.acc, scratch.finite_v);
         } else {
-            accumulate(simd, size, v, scores, &mut panel.acc);
+            let [width, lanes, n_keys] = size;
+            for first in (0..width).step_by(STEP) {
+                scratch.ahead.ask(1, (n_keys * STEP).div_ceil(width));
+                let n = STEP.min(width - first);
+                let v = Wide { data: &v.data[first..], ..v };
+                accumulate(simd, [n, lanes, n_keys], v, scores, &mut panel.acc[first * PANEL..]);
+            }
         }
     }
 
@@ -343,13 +415,13 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
                         continue;
                     }
                     hidden = hidden.start.min(top)..hidden.end.max(top + step.len());
-                    for (j, row) in step.clone().zip(top..) {
-                        let lanes = segment.lane..segment.lane + segment.rows.len();
-                        let scores = &mut scores[row * PANEL..][lanes];
-                        match cover {
-                            Cover::Empty => scores.fill(f32::NEG_INFINITY),
-                            _ => mask.hide(segment.head, segment.rows.clone(), j, scores),
-                        }
+                    let scores = &mut scores[top * PANEL + segment.lane..];
+                    let n_rows = segment.rows.len();
+                    if cover == Cover::Empty {
+                        let rows = (0..step.len()).map(|key| key * PANEL..key * PANEL + n_rows);
+                        rows.for_each(|row| scores[row].fill(f32::NEG_INFINITY));
+                    } else {
+                        mask.hide_tile(segment.head, segment.rows.clone(), step.clone(), scores, PANEL);
                     }
                 }
             }
@@ -423,7 +495,13 @@ fn accumulate_poisoned<S: Simd>(
 /// Divides, rounds and stores the rows with their log-sum-exps; or stores them as they are, to be merged. `rows` is
 /// scratch, `[PANEL, head_dim_v]`.
 #[inline(always)]
-fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>, rows: &mut Vec<f32>) {
+fn write<S: Simd>(
+    simd: S,
+    panels: &[Panel],
+    sinks: Option<&[f32]>,
+    task: &mut Task<'_>,
+    rows: &mut Vec<f32>,
+) {
     for panel in panels {
         let width = panel.acc.len() / PANEL;
         rows.resize(PANEL * width, 0.0);

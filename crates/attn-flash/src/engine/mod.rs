@@ -13,6 +13,7 @@ mod any;
 mod backward;
 mod block;
 mod chunks;
+mod company;
 mod few;
 mod finish;
 mod half_products;
@@ -167,10 +168,7 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     }
     spec.check(&shape)?;
     spec.check_made_for(&problem)?;
-    let mut tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
-    if !few::serves(spec) {
-        tiles = tiles.side_by_side();
-    }
+    let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
     let isa = Isa::current();
     let dot = native_bf16::choose(&problem, spec, isa)?;
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {

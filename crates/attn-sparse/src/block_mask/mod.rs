@@ -226,6 +226,28 @@ impl Mask for BlockMask {
     }
 
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
-        self.hide_rows(head, rows, j, scores);
+        self.hide_pairs(head, rows, j..j + 1, scores, 0);
+    }
+
+    fn hide_tile(
+        &self,
+        head: Head,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        self.hide_pairs(head, rows, keys, scores, stride);
+    }
+
+    fn sees_spans(&self, head: Head, rows: Range<usize>) -> bool {
+        self.spans_are_full(head, rows)
+    }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        let (first, last) = (heads.start, heads.end.saturating_sub(1));
+        let list = |head| self.list(Head { batch, head });
+        let inside = || self.inside.as_ref().is_none_or(|inside| inside.is_shared_by(batch, heads.clone()));
+        heads.len() <= 1 || list(first) == list(last) && inside()
     }
 }

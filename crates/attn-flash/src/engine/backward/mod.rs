@@ -20,6 +20,7 @@
 //!
 //! Sources: Dao et al. 2022 (FlashAttention), appendix B; Dao 2023 (FlashAttention-2).
 
+mod apart;
 mod bias;
 mod blocks;
 mod delta;
@@ -31,6 +32,7 @@ mod tile;
 mod weights;
 
 use super::Spec;
+use super::few;
 use super::problem::{KvView, Problem};
 use super::rows::HeadRows;
 use attn_core::mask::{Head, Mask};
@@ -39,6 +41,8 @@ use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, TensorView, check_lse};
 use blocks::{Cut, KeyBlock, RowBlock, Whole};
+use std::ops::Range;
+use weights::LANES;
 use meeting::{Meeting, Workspace};
 use std::sync::{Mutex, PoisonError};
 use sums::Sums;
@@ -227,21 +231,54 @@ struct Tiles {
     block_kv: usize,
     /// Keys whose rows and gradients stay in the second-level cache while queries pass by.
     span: usize,
+    /// How many times larger blocks are where few of their pairs are seen: what a meeting costs beside its pairs is then worth
+    /// it again.
+    spread: usize,
+}
+
+/// Blocks of rows of which the mask is asked how much they see.
+const SAMPLES: usize = 16;
+
+/// The share of the keys in the spans of some rows, evenly spread over heads and sequences.
+fn share_seen<M: Mask + ?Sized>(problem: &Problem<'_>, mask: &M) -> f64 {
+    let n_heads = problem.shape().n_heads_q.max(1);
+    let (mut seen, mut all) = (0, 0);
+    for x in 0..SAMPLES {
+        let sequence = x * problem.n_sequences() / SAMPLES;
+        let (n_q, n_kv) = (problem.q_range(sequence).len(), problem.kv_range(sequence).len());
+        if n_q == 0 || n_kv == 0 {
+            continue;
+        }
+        // Later rows come with later samples, whatever the head.
+        let first = x * n_q.saturating_sub(LANES) / (SAMPLES - 1);
+        let head = Head { batch: sequence, head: x * 5 % n_heads };
+        let spans = mask.spans(head, first..(first + LANES).min(n_q), n_kv);
+        seen += spans.iter().map(Range::len).sum::<usize>();
+        all += n_kv;
+    }
+    if all == 0 { 1.0 } else { seen as f64 / all as f64 }
 }
 
 impl Tiles {
     /// Measured choice.
-    fn auto(shape: &AttnShape) -> Self {
-        // Rows of k and v and their gradients take 512 KiB.
-        let span = (1 << 16) / (shape.head_dim + shape.head_dim_v);
-        Self { block_kv: 64, span: (span / 64 * 64).clamp(64, 512) }
+    fn auto<M: Mask + ?Sized>(problem: &Problem<'_>, mask: &M) -> Self {
+        let shape = problem.shape();
+        let spread = match share_seen(problem, mask) {
+            ..0.15 => 4,
+            ..0.3 => 2,
+            _ => 1,
+        };
+        // Rows of k and v and their gradients take 512 KiB, twice as much where most are not touched.
+        let span = (1 << 16) / (shape.head_dim + shape.head_dim_v) * usize::min(spread, 2);
+        Self { block_kv: 64, span: (span / 64 * 64).clamp(64, 1024), spread }
     }
 
     /// Rows of a block of a sequence of `n`: few enough blocks that their meetings are a short list, enough of them to keep
     /// threads busy.
-    fn block(n: usize) -> usize {
+    fn block(self, n: usize) -> usize {
         let least = if n <= 2048 { 256 } else { 512 };
-        n.div_ceil(32).next_multiple_of(least).max(least)
+        let most = n.div_ceil(8).next_multiple_of(least);
+        n.div_ceil(32).next_multiple_of(least).max((least * self.spread).min(most))
     }
 }
 
@@ -288,7 +325,7 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         problem,
         spec,
         grad_out: rows.grad_out.into(),
-        tiles: Tiles::auto(&shape),
+        tiles: Tiles::auto(problem, spec.mask),
         sum_keys: key_bias.is_some(),
     };
     if let (Some(sinks), Some(grad)) = (spec.sinks, sinks) {
@@ -301,6 +338,10 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
 
     let n_sums = if pass.sum_keys { shape.batch * shape.n_heads_kv * shape.n_kv } else { 0 };
     let mut key_sums = vec![0.0; n_sums];
+    if spec.tiles.is_some_and(|tiles| tiles.are_rows_apart()) && few::serves(spec) {
+        pass.run_apart(rows, [q, k, v], &mut key_sums);
+        return sum_key_bias(&shape, key_bias, &key_sums);
+    }
     let whole = Whole { q, k, v, lse: rows.lse, delta: rows.delta, key_sums: &mut key_sums };
     let Cut { mut keys, mut rows, schedule } = pass.cut(whole);
     // Blocks that meet nobody have no gradient.
@@ -332,12 +373,16 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     let rows = rows.into_iter().map(|block| block.into_inner().unwrap_or_else(PoisonError::into_inner));
     sum_parts(gamma_k, keys.map(|block| block.grad_gamma));
     sum_parts(gamma_q, rows.map(|block| block.grad_gamma));
-    if let Some(key_bias) = key_bias {
-        if key_bias.len() == n_sums {
-            key_bias.copy_from_slice(&key_sums);
-        } else {
-            sum_parts(Some(key_bias), key_sums.chunks(shape.n_kv.max(1)).map(<[f32]>::to_vec));
-        }
+    sum_key_bias(&shape, key_bias, &key_sums);
+}
+
+/// Writes the gradient of the key bias from the sums of all heads.
+fn sum_key_bias(shape: &AttnShape, key_bias: Option<&mut [f32]>, key_sums: &[f32]) {
+    let Some(key_bias) = key_bias else { return };
+    if key_bias.len() == key_sums.len() {
+        key_bias.copy_from_slice(key_sums);
+    } else {
+        sum_parts(Some(key_bias), key_sums.chunks(shape.n_kv.max(1)).map(<[f32]>::to_vec));
     }
 }
 

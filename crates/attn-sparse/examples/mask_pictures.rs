@@ -1,0 +1,30 @@
+//! Draws the mask of every registered static pattern into a folder, one SVG each:
+//! `cargo run --example mask_pictures -- FOLDER [LENGTH]`.
+#![allow(clippy::print_stdout)] // what it is for
+
+use attn_core::AttnShape;
+use attn_core::mask::Mask;
+use attn_sparse::{ChunkedCausal, Pattern, Picture, SinkWindow, SlidingWindow};
+use std::error::Error;
+use std::path::Path;
+
+fn draw<P: Pattern>(folder: &Path, shape: &AttnShape, pattern: P) -> Result<(), Box<dyn Error>> {
+    let mask = pattern.mask(shape)?;
+    let svg = Picture::new(&format!("{}, {} tokens", P::NAME, shape.n_q)).svg(&mask as &dyn Mask, shape)?;
+    let path = folder.join(format!("{}.svg", P::NAME));
+    std::fs::write(&path, svg)?;
+    println!("{}: {} pairs", path.display(), pattern.pairs(shape));
+    Ok(())
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let folder = arguments.next().unwrap_or_else(|| "masks".into());
+    let n: usize = arguments.next().map_or(Ok(64), |n| n.parse())?;
+    let (folder, shape) = (Path::new(&folder), AttnShape::square(1, n, 64));
+    std::fs::create_dir_all(folder)?;
+    draw(folder, &shape, SlidingWindow::causal(n / 4))?;
+    draw(folder, &shape, SinkWindow { n_sinks: (n / 16).max(1), window: (n / 8).max(1) })?;
+    draw(folder, &shape, ChunkedCausal { chunk_len: (n / 4).max(1) })?;
+    Ok(())
+}
