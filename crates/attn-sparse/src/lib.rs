@@ -15,6 +15,7 @@ mod block_mask;
 mod decider;
 mod patterns;
 mod registry;
+pub mod select;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
