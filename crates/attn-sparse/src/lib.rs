@@ -14,12 +14,17 @@ mod attention;
 mod block_mask;
 mod decider;
 mod patterns;
+mod prefill;
 mod registry;
+mod scores;
 pub mod select;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use prefill::{
+    ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
+};
 pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
 pub use registry::registry;
 
