@@ -1,7 +1,7 @@
 //! What must not leak, what must not matter, and what is refused.
 
-use crate::case::{Case, TOL, spec};
-use crate::definition::shape;
+use super::case::{Case, TOL, spec};
+use super::definition::shape;
 use attn_core::dropout::Dropout;
 use attn_core::exact::Exact;
 use attn_core::mask::{And, Band, Head, KeysBelow, Mask, Pair, Predicate, SeeAll};
