@@ -27,6 +27,7 @@ mod patterns;
 mod registry;
 mod residues;
 mod score_rule;
+pub mod select;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
