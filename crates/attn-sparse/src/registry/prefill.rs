@@ -3,16 +3,14 @@
 //! Runners also take the choice itself, under the names of the golden files: `block_mask [batch, n_heads_q, rows, columns]` of
 //! blocks, `mask [batch, n_heads_q, n_q, n_kv]` of pairs, or `vertical` and `slash [batch, heads, lines]`.
 
-use super::{at_least_1, build, only_causal};
+use super::{at_least_1, build, named, only_causal};
 use crate::prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
 use crate::{BlockSizes, Builder, Decider, Decision, Promises, SparseAttention, Work};
 use attn_core::mask::{Align, Band};
-use attn_core::registry::{
-    Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, gradients, output_like, run_qkv,
-};
-use attn_core::{Attention, AttnError, AttnShape, Causality, Family, Growth, Qkv, Result};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, run_qkv};
+use attn_core::{AttnError, AttnShape, Causality, Family, Growth, Qkv, Result};
 use std::sync::Arc;
 
 const CAUSAL: OptionSpec = OptionSpec {
@@ -270,19 +268,9 @@ fn run_given(
     tensors.only(entry.name, &[&["q", "k", "v", "grad_o"], names].concat())?;
     entry.build(options)?;
     let x = tensors.qkv()?;
-    let attention =
-        SparseAttention { decider: Given(decide(&x.shape())?), softmax_scale: options.get("scale")? };
-    let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
-    let softmax =
-        attention.as_softmax().ok_or_else(|| AttnError::unsupported(entry.name, "a given choice"))?;
-    softmax.forward_with_lse(x, out.as_out()?, &mut lse)?;
-    let mut given = NamedTensors::default();
-    given.0.insert("lse".into(), NamedTensor::f32("lse", &x.shape().out()[..3], lse)?);
-    if let Some(grad_o) = tensors.get("grad_o") {
-        given.0.extend(gradients(&attention, x, &mut out, grad_o)?.0);
-    }
-    given.0.insert("o".into(), out);
-    Ok(given)
+    let attention = SparseAttention::new(Given(decide(&x.shape())?));
+    let attention = SparseAttention { softmax_scale: options.get("scale")?, ..attention };
+    named::run(&attention, tensors, None)
 }
 
 fn run_top_k(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
