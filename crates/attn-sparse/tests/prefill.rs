@@ -1,7 +1,7 @@
 //! Content-based selection for prompts: choices against brute force and other people's code.
 
 use attn_core::mask::Head;
-use attn_core::registry::{Options, find};
+use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, find};
 use attn_sparse::{
     BlockSizes, Decider, ExactTopK, FlexPrefill, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
@@ -80,6 +80,17 @@ fn exact_top_k_chooses_and_attends_as_others_do() {
     }
 }
 
+/// The tensors of head 0.
+fn first_head(tensors: &NamedTensors) -> NamedTensors {
+    let head = |tensor: &NamedTensor| {
+        let TensorData::F32(data) = &tensor.data else { panic!("f32") };
+        let [batch, _, n, width] = tensor.shape[..] else { panic!("four axes") };
+        assert_eq!(batch, 1);
+        NamedTensor::f32("head", &[1, 1, n, width], data[..n * width].to_vec()).unwrap()
+    };
+    NamedTensors(tensors.0.iter().map(|(name, tensor)| (name.clone(), head(tensor))).collect())
+}
+
 #[test]
 fn vertical_and_slash_lines_are_those_of_others() {
     for case in cases("vertical-slash", 2) {
@@ -99,7 +110,7 @@ fn vertical_and_slash_lines_are_those_of_others() {
             let all = tensor.data.to_f64();
             all[head.min(heads - 1) * n..][..n].iter().map(|x| *x as usize).collect()
         };
-        // The reference takes the distances of the first head for all heads; its keys are each head's own.
+        // The reference has distances for the first head alone; its keys are each head's own.
         for i in 0..s.n_q {
             let (vertical, slash) = (lines("vertical", 0), lines("slash", 0));
             let want: Vec<usize> =
@@ -116,7 +127,24 @@ fn vertical_and_slash_lines_are_those_of_others() {
         let options = ["num_vertical", "num_slash", "forced_vertical", "forced_slash", "last_q"]
             .iter()
             .fold(Options::new(), |all, name| all.with(name, size(&case, name)));
-        check_outputs(&case, "vertical-slash", &options, &["vertical", "slash"], false);
+        check_outputs(&case, "vertical-slash", &options, &["mask"], false);
+        // The first head alone, under its lines.
+        let entries = attn_sparse::registry();
+        let entry = find(&entries, "vertical-slash").unwrap();
+        let (own, mut tensors) = (first_head(&case.inputs), first_head(&case.inputs));
+        let lines = |name: &str| case.given.require(name).unwrap().clone();
+        let vertical = lines("vertical");
+        let TensorData::I32(keys) = &vertical.data else { panic!("indices") };
+        let n = vertical.shape[2];
+        let keys = NamedTensor { shape: vec![1, 1, n], data: TensorData::I32(keys[..n].to_vec()) };
+        tensors.0.extend([("vertical".into(), keys), ("slash".into(), lines("slash"))]);
+        let [own, given] = [own, tensors].map(|tensors| entry.run(&options, &tensors).unwrap());
+        let want = case.outputs.require("o").unwrap().data.to_f64();
+        for got in [own, given] {
+            let got = got.require("o").unwrap().data.to_f64();
+            let worst = got.iter().zip(&want).map(|(got, want)| (got - want).abs()).fold(0.0, f64::max);
+            assert!(worst <= 1e-5, "{}: {worst:e}", case.case);
+        }
     }
 }
 

@@ -197,6 +197,10 @@ impl BlockMask {
 impl Mask for BlockMask {
     fn check(&self, shape: &AttnShape) -> Result<()> {
         let (made, s) = (&self.shape, shape);
+        if s.batch == 0 {
+            // Nothing will be asked, and lengths are those of no sequence.
+            return Ok(());
+        }
         let axes = [
             ("batch", s.batch, made.batch, self.batch == 1),
             ("n_heads_q", s.n_heads_q, made.n_heads_q, self.heads == 1),

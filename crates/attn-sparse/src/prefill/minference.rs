@@ -81,8 +81,12 @@ impl Decider for MInferenceBlockSparse {
         grid.decision(&lists)
     }
 
+    /// Time grows with the larger part, attention or choice, at a million keys.
     fn promises(&self) -> Promises {
-        promises(Growth::Linear, Growth::Linear)
+        let choice = (1 << 20) / self.sizes.q.saturating_mul(self.sizes.kv).max(1);
+        let attention = 4 * self.top_k.saturating_mul(self.sizes.kv).min(1 << 20);
+        let time = if choice > attention { Growth::Quadratic } else { Growth::Linear };
+        promises(time, Growth::Linear)
     }
 
     fn work(&self, shape: &AttnShape) -> Work {

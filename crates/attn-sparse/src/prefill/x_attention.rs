@@ -1,9 +1,9 @@
 //! XAttention: antidiagonals of the score matrix say which blocks matter.
 //!
-//! Row block `u` attends its own block and the first one, then the others by falling estimated mass `B_uv`
-//! until a share `threshold` of the row's mass is reached; the mass is
-//! [estimated on antidiagonals](crate::prefill). Without `causal`, no block is forced. A `threshold` of 1 attends all.
-//! Not strictly causal: a row block shares its choice.
+//! Row block `u` attends its own block, then the others by falling estimated mass until a share `threshold` of the row's mass
+//! is reached, one more (in the authors' code the running sum lags one block behind), and the first block. Without `causal`,
+//! the fewest blocks that reach the share. The mass is summed over every `stride`-th antidiagonal. A `threshold` of 1 attends
+//! all. Not strictly causal: a row block shares its choice.
 //!
 //! Source: Xu, Xiao, Huang, Guo, Han, "XAttention: Block Sparse Attention with Antidiagonal Scoring", 2025.
 
@@ -11,11 +11,11 @@ use super::grid::{Grid, all_pairs, promises};
 use crate::block_mask::BlockSizes;
 use crate::decider::{Decider, Decision, Promises, Work};
 use crate::scores::{HeadRows, PANEL, Strided, antidiagonal_sums};
-use crate::select::top_p_with;
+use crate::select::{top_k_with, top_p, top_p_with};
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, Growth, Qkv, Result, softmax_scale_or_default};
 
-/// The fewest blocks that hold a share of the estimated mass. Time of the choice `1 / (2 stride)` of exact attention; of
+/// Blocks that hold a share of the estimated mass. Time of the choice `1 / (2 stride)` of exact attention; of
 /// attention, by the data: at worst all blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct XAttention {
@@ -94,12 +94,14 @@ impl Decider for XAttention {
                 for group in of_row {
                     mass.iter_mut().zip(&sums[group * n_cols..]).for_each(|(mass, sum)| *mass += sum);
                 }
-                let mut forced: Vec<usize> = Vec::new();
-                if self.causal && visible > 0 {
-                    forced.push(0);
-                    forced.extend(grid.own(row));
-                }
-                *list = top_p_with(&mass, self.threshold, &forced);
+                *list = if self.causal {
+                    let share = top_p_with(&mass, self.threshold, &grid.own(row).collect::<Vec<_>>());
+                    let mut blocks = top_k_with(&mass, share.len() + 1, &share);
+                    blocks.extend((visible > 0).then_some(0));
+                    blocks
+                } else {
+                    top_p(&mass, self.threshold)
+                };
             }
         });
         grid.decision(&lists)

@@ -323,7 +323,11 @@ fn given_blocks(
 }
 
 fn run_lines(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
-    run_given(entry, options, tensors, &["vertical", "slash"], |shape| {
+    run_given(entry, options, tensors, &["mask", "vertical", "slash"], |shape| {
+        if let Some(mask) = tensors.get("mask") {
+            tensors.only(entry.name, &["q", "k", "v", "grad_o", "mask"])?;
+            return given_blocks("mask", mask, shape, BlockSizes::square(1), false);
+        }
         let (vertical, slash) = (tensors.require("vertical")?, tensors.require("slash")?);
         let heads = (0..shape.batch).flat_map(|batch| (0..shape.n_heads_q).map(move |head| (batch, head)));
         let both = |(batch, head)| {

@@ -83,6 +83,10 @@ impl Lines {
 
 impl Mask for Lines {
     fn check(&self, shape: &AttnShape) -> Result<()> {
+        if shape.batch == 0 {
+            // Nothing will be asked, and lengths are those of no sequence.
+            return Ok(());
+        }
         let axes = [
             ("batch", shape.batch, self.batch, self.batch == 1),
             ("n_heads_q", shape.n_heads_q, self.n_heads, self.n_heads == 1),
