@@ -2,10 +2,12 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
+//! | [`BlockMask`] | what a list of blocks, a predicate or a dense mask says |
 //! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
 //! | [`DilatedWindow`] | every `dilation`-th key near it |
 //! | [`Documents`] | its own document |
+//! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
@@ -22,6 +24,7 @@ mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod longnet;
 mod pairs;
 mod patterns;
 mod registry;
@@ -30,8 +33,9 @@ mod score_rule;
 pub mod select;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
-pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
+pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use longnet::{Branch, LongNet};
 pub use patterns::{
     BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
     LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,

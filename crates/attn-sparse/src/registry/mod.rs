@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod flex;
 mod masks;
 mod named;
 mod windows;
@@ -10,7 +11,7 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [masks::entries(), windows::entries()].into_iter().flatten().collect()
+    [flex::entries(), masks::entries(), windows::entries()].into_iter().flatten().collect()
 }
 
 /// The decider with the options that all have.
