@@ -245,7 +245,7 @@ impl Decider for FlexPrefill {
     }
 
     fn promises(&self) -> Promises {
-        Promises { cross_lengths: false, ..promises(Growth::Quadratic, Growth::Quadratic) }
+        Promises { cross_lengths: false, ..promises(true, Growth::Quadratic, Growth::Quadratic) }
     }
 
     /// At most: how many blocks are chosen depends on the numbers.

@@ -132,10 +132,11 @@ pub(crate) fn all_pairs(shape: &AttnShape, causal: bool) -> u64 {
     crate::heads(shape) * band_pairs(shape, &band)
 }
 
-/// What all variants promise whose choice is shared between queries; `growth` is that of time and, at most, of memory.
-pub(crate) fn promises(time: Growth, memory: Growth) -> Promises {
+/// What all variants promise whose choice is shared between queries: even if causal, later inputs take part in it. The growth is
+/// that of time and, at most, of memory.
+pub(crate) fn promises(causal: bool, time: Growth, memory: Growth) -> Promises {
     Promises {
-        causality: Causality::Bidirectional,
+        causality: if causal { Causality::Masked } else { Causality::Bidirectional },
         key_order_free: false,
         cross_lengths: true,
         time,

@@ -86,7 +86,7 @@ impl Decider for MInferenceBlockSparse {
         let choice = (1 << 20) / self.sizes.q.saturating_mul(self.sizes.kv).max(1);
         let attention = 4 * self.top_k.saturating_mul(self.sizes.kv).min(1 << 20);
         let time = if choice > attention { Growth::Quadratic } else { Growth::Linear };
-        promises(time, Growth::Linear)
+        promises(self.causal, time, Growth::Linear)
     }
 
     fn work(&self, shape: &AttnShape) -> Work {

@@ -160,7 +160,7 @@ impl Decider for SpargeAttn {
     }
 
     fn promises(&self) -> Promises {
-        promises(Growth::Quadratic, Growth::Quadratic)
+        promises(self.causal, Growth::Quadratic, Growth::Quadratic)
     }
 
     /// At most: how many blocks are chosen depends on the numbers.

@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod flex;
 mod masks;
 mod named;
 mod prefill;
@@ -11,7 +12,11 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
+<<<<<<< HEAD
     [masks::entries(), prefill::entries(), windows::entries()].into_iter().flatten().collect()
+=======
+    [flex::entries(), masks::entries(), windows::entries()].into_iter().flatten().collect()
+>>>>>>> main
 }
 
 /// The decider with the options that all have.

@@ -86,7 +86,7 @@ impl Decider for VerticalSlash {
     }
 
     fn promises(&self) -> Promises {
-        promises(Growth::Linear, Growth::Linear)
+        promises(true, Growth::Linear, Growth::Linear)
     }
 
     /// At most: keys and distances may meet.
