@@ -201,12 +201,7 @@ impl Mask for BlockMask {
     fn check(&self, shape: &AttnShape) -> Result<()> {
         let (made, s) = (&self.shape, shape);
         if s.batch == 0 {
-<<<<<<< HEAD
-            // Nothing will be asked, and lengths are those of no sequence.
-            return Ok(());
-=======
             return Ok(()); // no pair is asked of it, and there is no sequence to have a length
->>>>>>> main
         }
         let axes = [
             ("batch", s.batch, made.batch, self.batch == 1),
