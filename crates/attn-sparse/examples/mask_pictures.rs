@@ -4,7 +4,10 @@
 
 use attn_core::AttnShape;
 use attn_core::mask::Mask;
-use attn_sparse::{ChunkedCausal, Pattern, Picture, SinkWindow, SlidingWindow};
+use attn_sparse::{
+    ChunkedCausal, DilatedWindow, Intersection, LocalBuckets, Padded, Pattern, Picture, PrefixLm, SinkWindow,
+    SlidingWindow, Union,
+};
 use std::error::Error;
 use std::path::Path;
 
@@ -23,8 +26,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let n: usize = arguments.next().map_or(Ok(64), |n| n.parse())?;
     let (folder, shape) = (Path::new(&folder), AttnShape::square(1, n, 64));
     std::fs::create_dir_all(folder)?;
-    draw(folder, &shape, SlidingWindow::causal(n / 4))?;
-    draw(folder, &shape, SinkWindow { n_sinks: (n / 16).max(1), window: (n / 8).max(1) })?;
-    draw(folder, &shape, ChunkedCausal { chunk_len: (n / 4).max(1) })?;
+    let part = |share: usize| (n / share).max(1);
+    draw(folder, &shape, SlidingWindow::causal(part(4)))?;
+    draw(folder, &shape, SinkWindow { n_sinks: part(16), window: part(8) })?;
+    draw(folder, &shape, ChunkedCausal { chunk_len: part(4) })?;
+    draw(folder, &shape, DilatedWindow::new(part(8), 3, true))?;
+    draw(folder, &shape, LocalBuckets { bucket: part(8), back: 1, forward: 0, causal: true })?;
+    draw(folder, &shape, PrefixLm { prefix: vec![part(4)] })?;
+    draw(folder, &shape, Padded { lengths: vec![n - n / 4], causal: true })?;
+    let wide = SlidingWindow::causal(part(2));
+    draw(folder, &shape, Union(DilatedWindow::new(part(4), 4, true), SlidingWindow::causal(part(16))))?;
+    draw(folder, &shape, Intersection(LocalBuckets { bucket: part(4), back: 1, forward: 0, causal: true }, wide))?;
     Ok(())
 }

@@ -31,8 +31,10 @@ mod attention;
 mod block_mask;
 mod decider;
 mod longnet;
+mod mass;
 mod pairs;
 mod patterns;
+mod picture;
 mod prefill;
 mod registry;
 mod residues;
@@ -41,13 +43,17 @@ mod scores;
 pub mod select;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
-pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
+pub use block_mask::{
+    BlockColumns, BlockMask, BlockSizes, BlockStatistics, Builder, FlexLists, PaddedLists, SharedMask, Spread,
+};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use longnet::{Branch, LongNet};
+pub use mass::{Mass, RowMass};
 pub use patterns::{
     BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
     LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
 };
+pub use picture::Picture;
 pub use prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };

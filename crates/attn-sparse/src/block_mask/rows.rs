@@ -15,18 +15,20 @@ impl BlockMask {
     pub(super) fn spans_of(&self, head: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
         let list = self.list(head);
         let entries = |row: usize| self.entries(list, row);
-        let mut merged: Vec<u32>;
         let mut touched = self.cut(rows.clone()).map(|(row, _)| row);
         let Some(first) = touched.next() else { return Vec::new() };
         let mut partial = self.partial[entries(first)].contains(&true);
-        let mut blocks = &self.blocks[entries(first)];
+        let (mut last, mut lists) = (first, vec![&self.blocks[entries(first)]]);
         for row in touched {
             partial |= self.partial[entries(row)].contains(&true);
-            if self.blocks[entries(row)] != *blocks {
-                merged = either(blocks, &self.blocks[entries(row)]);
-                blocks = &merged;
+            // Neighbours often see the same.
+            if self.blocks[entries(row)] != self.blocks[entries(last)] {
+                lists.push(&self.blocks[entries(row)]);
+                last = row;
             }
         }
+        let merged = either(&lists);
+        let blocks = if let [one] = lists.as_slice() { one } else { merged.as_slice() };
         let mut spans: Vec<Range<usize>> = Vec::with_capacity(blocks.len());
         for &block in blocks {
             let first = block as usize * self.sizes.kv;
@@ -126,18 +128,15 @@ impl BlockMask {
     }
 }
 
-/// Blocks of either of two ascending lists, ascending.
-fn either(a: &[u32], b: &[u32]) -> Vec<u32> {
-    let mut both = Vec::with_capacity(a.len() + b.len());
-    let (mut a, mut b) = (a.iter().peekable(), b.iter().peekable());
-    while let (Some(&&x), Some(&&y)) = (a.peek(), b.peek()) {
-        both.push(x.min(y));
-        a.next_if(|_| x <= y);
-        b.next_if(|_| y <= x);
+/// Blocks of any of several ascending lists, ascending; nothing for one list, which is there already.
+fn either(lists: &[&[u32]]) -> Vec<u32> {
+    if lists.len() < 2 {
+        return Vec::new();
     }
-    both.extend(a);
-    both.extend(b);
-    both
+    let mut blocks = lists.concat();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
 }
 
 /// What two lists of ranges, each sorted and disjoint, have in common.

@@ -41,8 +41,8 @@ const SHARE: usize = 128;
 /// Some rows of a head and their pairs.
 #[derive(Default)]
 struct Pairs {
-    /// Where each row's pairs start.
-    row_ptr: Vec<usize>,
+    /// `[rows, shares + 1]`: where the pairs of a row with the keys of each share start, and where the last ones end.
+    bounds: Vec<usize>,
     keys: Vec<u32>,
     weights: Vec<f32>,
     /// Gradients of the scaled dot products, times the scale.
@@ -56,7 +56,7 @@ struct Pairs {
 
 impl Pairs {
     fn clear(&mut self) {
-        self.row_ptr.clear();
+        self.bounds.clear();
         self.keys.clear();
         self.weights.clear();
         self.grads.clear();
@@ -68,6 +68,8 @@ impl Pairs {
 
 /// Gradients of some keys of a head.
 struct Share<'a> {
+    /// Its place among the shares of the sequence.
+    place: usize,
     keys: Range<usize>,
     grad_k: Vec<f32>,
     grad_v: Vec<f32>,
@@ -121,9 +123,10 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                         let sums = if self.sum_keys { zeros(1) } else { Vec::new() };
                         let (grad_k, grad_v) = (zeros(shape.head_dim), zeros(shape.head_dim_v));
                         let keys = keys.start - kv_start..keys.end - kv_start;
-                        Some(Share { keys, grad_k, grad_v, sums, out_k, out_v })
+                        Some(Share { place: at, keys, grad_k, grad_v, sums, out_k, out_v })
                     };
                     let mut of_keys: Vec<Share<'_>> = shares.iter().enumerate().filter_map(&mut take).collect();
+                    let ends: Vec<usize> = of_keys.iter().map(|share| share.keys.end).collect();
                     let group = shape.group_size();
                     let heads = kv_head * group..(kv_head + 1) * group;
                     let pieces_a_batch = (BATCH / ROWS / group.max(1)).max(1);
@@ -146,7 +149,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                             tasks.into_iter().zip(&mut kept),
                             || Scratch::new(self),
                             |scratch, ((head, rows, out), pairs)| {
-                                isa.run(RowPairs { pass: self, state, head, rows, out, pairs, scratch });
+                                let ends = &ends;
+                                isa.run(RowPairs { pass: self, state, head, rows, ends, out, pairs, scratch });
                             },
                         );
                         let pairs = &kept[..n_tasks];
@@ -155,7 +159,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                             || (),
                             |(), share| {
                                 let widths = [shape.head_dim, shape.head_dim_v];
-                                isa.run(Scatter { share, pairs, widths });
+                                isa.run(Scatter { share, pairs, n_shares: ends.len(), widths });
                             },
                         );
                     }
@@ -230,6 +234,8 @@ struct RowPairs<'a, 'b, M: ?Sized, C: ?Sized> {
     state: RowState<'a>,
     head: Head,
     rows: Range<usize>,
+    /// Where each share of the keys ends.
+    ends: &'a [usize],
     out: OutRows<'b>,
     pairs: &'a mut Pairs,
     scratch: &'a mut Scratch,
@@ -240,7 +246,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for RowPairs<'_, '_, M, C> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { pass, state, head, rows, mut out, pairs, scratch } = self;
+        let Self { pass, state, head, rows, ends, mut out, pairs, scratch } = self;
         let (problem, spec, shape) = (pass.problem, pass.spec, pass.problem.shape());
         let (d, d_v) = (shape.head_dim, shape.head_dim_v);
         let (groups, groups_v) = (Groups::of::<S>(d), Groups::of::<S>(d_v));
@@ -262,7 +268,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for RowPairs<'_, '_, M, C> {
         let (q, grad_out) = (&mut q[..groups.numbers()], &mut grad_out[..groups_v.numbers()]);
         let grad_q = &mut grad_q[..groups.numbers()];
         for (at, i) in rows.enumerate() {
-            pairs.row_ptr.push(pairs.keys.len());
+            let mut end_of_share = pairs.keys.len();
+            pairs.bounds.push(end_of_share);
             grad_q.fill(0.0);
             let (lse, delta) = (state.lse[first + i], state.delta[first + i]);
             // A row that sees nothing has no pairs.
@@ -333,8 +340,12 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for RowPairs<'_, '_, M, C> {
                 with_lanes(1, simd, Values { rows: k, weights: dp, acc: grad_q });
             });
             out.store(at, groups.compact(grad_q).iter().copied());
+            for end in ends {
+                let more = pairs.keys[end_of_share..].iter().take_while(|j| (**j as usize) < *end);
+                end_of_share += more.count();
+                pairs.bounds.push(end_of_share);
+            }
         }
-        pairs.row_ptr.push(pairs.keys.len());
     }
 }
 
@@ -358,6 +369,7 @@ fn weigh<S: Simd>(simd: S, n: usize, [scores, dp, slopes]: [&mut [f32]; 3], lse:
 struct Scatter<'a, 'b> {
     share: &'a mut Share<'b>,
     pairs: &'a [Pairs],
+    n_shares: usize,
     widths: [usize; 2],
 }
 
@@ -366,12 +378,11 @@ impl SimdOp for Scatter<'_, '_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { share: Share { keys, grad_k, grad_v, sums, .. }, pairs, widths: [d, d_v] } = self;
+        let Self { share, pairs, n_shares, widths: [d, d_v] } = self;
+        let Share { place, keys, grad_k, grad_v, sums, .. } = share;
         for pairs in pairs {
-            for (row, bounds) in pairs.row_ptr.windows(2).enumerate() {
-                let of_row = &pairs.keys[bounds[0]..bounds[1]];
-                let first = bounds[0] + of_row.partition_point(|j| (*j as usize) < keys.start);
-                let end = bounds[0] + of_row.partition_point(|j| (*j as usize) < keys.end);
+            for (row, bounds) in pairs.bounds.chunks_exact(n_shares + 1).enumerate() {
+                let (first, end) = (bounds[*place], bounds[*place + 1]);
                 let (q, grad_out) = (&pairs.q[row * d..][..d], &pairs.grad_out[row * d_v..][..d_v]);
                 for pair in first..end {
                     let key = pairs.keys[pair] as usize - keys.start;

@@ -237,7 +237,7 @@ struct Tiles {
 }
 
 /// Blocks of rows of which the mask is asked how much they see.
-const SAMPLES: usize = 16;
+const SAMPLES: usize = 8;
 
 /// The share of the keys in the spans of some rows, evenly spread over heads and sequences.
 fn share_seen<M: Mask + ?Sized>(problem: &Problem<'_>, mask: &M) -> f64 {
