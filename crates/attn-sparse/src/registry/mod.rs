@@ -12,7 +12,10 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [flex::entries(), masks::entries(), prefill::entries(), windows::entries()].into_iter().flatten().collect()
+    [flex::entries(), masks::entries(), prefill::entries(), windows::entries()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// The decider with the options that all have.
