@@ -150,7 +150,10 @@ impl<D: Decider> Differentiable for SparseAttention<D> {
 impl<D: Decider> Streaming for SparseAttention<D> {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
         match self.decider.promises().kept {
-            Some(kept) => CachedStream::start(self.clone(), shape, kept),
+            Some(kept) => match self.decider.stream(self.softmax_scale, shape) {
+                Some(own) => own,
+                None => CachedStream::start(self.clone(), shape, kept),
+            },
             None => Err(AttnError::unsupported(D::NAME, "streaming in this configuration")),
         }
     }

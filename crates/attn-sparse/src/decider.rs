@@ -12,7 +12,7 @@
 
 use crate::block_mask::{BlockMask, SharedMask};
 use attn_core::mask::{Head, Mask};
-use attn_core::{AttnShape, Causality, Growth, Qkv, Result};
+use attn_core::{AttnShape, Causality, Growth, Qkv, Result, StreamShape, StreamState};
 use attn_flash::stream::Kept;
 use std::fmt;
 use std::sync::Arc;
@@ -33,6 +33,13 @@ pub trait Decider: Clone + Send + Sync + 'static {
 
     /// What it will take, known before it runs.
     fn work(&self, shape: &AttnShape) -> Work;
+
+    /// A stream of its own, for a decider that remembers more than rows (summaries of pages, say); only asked where
+    /// [`Promises::kept`] says that it can stream. `None`: the stream that forwards the kept rows.
+    fn stream(&self, softmax_scale: Option<f32>, shape: StreamShape) -> Option<Result<Box<dyn StreamState>>> {
+        let _ = (softmax_scale, shape);
+        None
+    }
 }
 
 /// Which pairs are attended.
@@ -56,6 +63,12 @@ impl Decision {
     /// Whether each row has its own short list of keys, so that rows are attended one by one.
     pub fn rows_apart(&self) -> bool {
         self.rows_apart
+    }
+
+    /// The same pairs, each row attended by itself: for rows that see few keys, and different ones.
+    #[must_use]
+    pub(crate) fn apart(self) -> Self {
+        Self { rows_apart: true, ..self }
     }
 
     /// The keys `A(i)` of query row `i`, ascending, of `n_kv`.

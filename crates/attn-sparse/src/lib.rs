@@ -5,6 +5,8 @@
 //! | [`SlidingWindow`] | keys `p - left ..= p + right` |
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
+//! | [`Quest`] | the pages of keys whose bounds promise the largest scores |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
@@ -13,12 +15,16 @@
 mod attention;
 mod block_mask;
 mod decider;
+mod decode;
 mod patterns;
 mod registry;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use decode::{
+    EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
+};
 pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
 pub use registry::registry;
 
