@@ -18,6 +18,7 @@ mod decider;
 mod decode;
 mod patterns;
 mod registry;
+pub mod select;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
