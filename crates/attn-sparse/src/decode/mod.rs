@@ -3,7 +3,6 @@
 mod eviction;
 mod quest;
 mod rows;
-mod top;
 
 pub use eviction::{
     EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Share, Survivors, pyramid_budgets,

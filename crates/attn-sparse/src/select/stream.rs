@@ -53,6 +53,12 @@ impl TopK {
         }
     }
 
+    /// Takes over what another one, of other indices, has been offered.
+    pub fn merge(&mut self, other: &Self) {
+        self.kept.extend_from_slice(&other.kept);
+        self.cut();
+    }
+
     /// Cuts the candidates to the `k` best and raises the threshold.
     fn cut(&mut self) {
         keep_largest(&mut self.kept, self.k);

@@ -124,8 +124,14 @@ impl KvEviction {
             return Err(AttnError::shape("survivors", "batch * n_heads_kv", found, expected));
         }
         x.check_out(&out)?;
-        let sizes = BlockSizes { q: shape.n_q.max(1), kv: 1 };
-        let builder = Builder::new(&shape, sizes).per_batch().per_head(shape.n_heads_kv.max(1));
+        if let Some(lse) = &lse {
+            check_lse(lse, &shape)?;
+        }
+        if shape.rows() == 0 {
+            return Ok(());
+        }
+        let sizes = BlockSizes { q: shape.n_q, kv: 1 };
+        let builder = Builder::new(&shape, sizes).per_batch().per_head(shape.n_heads_kv);
         let kept = |batch: usize, head: usize, _| survivors.positions[batch * shape.n_heads_kv + head].clone();
         let decision = Decision::from(builder.from_rows(kept)?);
         attend_any(Problem::batch(x), out, lse, &spec(&decision, softmax_scale, &shape))

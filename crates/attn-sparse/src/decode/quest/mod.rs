@@ -28,7 +28,7 @@ mod stream;
 mod tests;
 
 use crate::{BlockSizes, Builder, Decider, Decision, Promises, Work};
-use attn_core::mask::{Align, Band};
+use attn_core::mask::{Align, Band, SeeAll};
 use attn_core::{AttnError, AttnShape, Causality, Growth, Qkv, Result, StreamShape, StreamState, band_pairs};
 use attn_flash::stream::Kept;
 use select::{Pages, bounds_of_all, choose};
@@ -82,8 +82,11 @@ impl Quest {
 
     fn mask(&self, x: &Qkv<'_>, pages: &Pages) -> Result<Decision> {
         let shape = x.shape();
+        if shape.rows() == 0 {
+            return Ok(Decision::new(SeeAll));
+        }
         let mut builder =
-            Builder::new(&shape, BlockSizes { q: 1, kv: self.page_len }).per_batch().per_head(shape.n_heads_q.max(1));
+            Builder::new(&shape, BlockSizes { q: 1, kv: self.page_len }).per_batch().per_head(shape.n_heads_q);
         if self.causal {
             builder = builder.inside(Arc::new(Band::causal(&shape, Align::BottomRight)));
         }

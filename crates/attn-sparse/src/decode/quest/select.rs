@@ -3,7 +3,7 @@
 use super::Quest;
 use super::bounds::{Grow, LANES, OwnBounds, PageBounds};
 use crate::decode::rows::widen_row;
-use crate::decode::top::Top;
+use crate::select::TopK;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
@@ -77,7 +77,7 @@ struct Scratch {
     q: Vec<f32>,
     /// `[queries, LANES]`.
     scores: Vec<f32>,
-    tops: Vec<Top>,
+    tops: Vec<TopK>,
     own: Vec<f32>,
 }
 
@@ -172,8 +172,8 @@ impl Choice<'_> {
         let Scratch { q, scores, tops, .. } = scratch;
         q.resize(lanes * width, 0.0);
         scores.resize(lanes * LANES, 0.0);
-        tops.iter_mut().for_each(Top::clear);
-        tops.resize(lanes, Top::new(self.quest.n_pages()));
+        tops.iter_mut().for_each(TopK::clear);
+        tops.resize(lanes, TopK::new(self.quest.n_pages()));
         for (lane, q) in q.chunks_exact_mut(width).enumerate() {
             let (row, head) = (block.rows.start + lane / group, block.kv_head * group + lane % group);
             let (positive, negative) = q.split_at_mut(d);
@@ -183,7 +183,11 @@ impl Choice<'_> {
                 (*positive, *negative) = if q > 0.0 { (q, 0.0) } else { (0.0, q) };
             }
         }
-        let visible = |lane: usize| self.visible(block.rows.start + lane / group).1;
+        let visible = |lane: usize| {
+            let (keys, pages) = self.visible(block.rows.start + lane / group);
+            // The own page is added at the end.
+            if self.quest.keep_own { pages.min(keys.saturating_sub(1) / self.quest.page_len) } else { pages }
+        };
         self.isa.run(ScoreTiles { bounds, tiles, q, scores, tops, visible });
     }
 
@@ -203,16 +207,13 @@ impl Choice<'_> {
             for lane in at * group..(at + 1) * group {
                 let top = &mut scratch.tops[lane];
                 if self.quest.keep_own && keys > 0 {
-                    // Once: the page may have been scored among the complete ones.
-                    let own = (keys - 1) / page_len;
-                    top.remove(own);
-                    top.force(own);
+                    top.offer(f32::INFINITY, (keys - 1) / page_len);
                 } else if open {
                     let q = &scratch.q[lane * width..][..width];
-                    top.push(q.iter().zip(&scratch.own).map(|(q, bound)| q * bound).sum(), complete);
+                    top.offer(q.iter().zip(&scratch.own).map(|(q, bound)| q * bound).sum(), complete);
                 }
                 let list = &mut lists[lane * per_row..][..per_row];
-                list.iter_mut().zip(top.sorted()).for_each(|(to, page)| *to = page as u32);
+                list.iter_mut().zip(top.take()).for_each(|(to, page)| *to = page as u32);
             }
         }
     }
@@ -224,7 +225,7 @@ struct ScoreTiles<'a, F> {
     tiles: Range<usize>,
     q: &'a [f32],
     scores: &'a mut [f32],
-    tops: &'a mut [Top],
+    tops: &'a mut [TopK],
     /// Pages that a query sees.
     visible: F,
 }
@@ -248,7 +249,9 @@ impl<F: Fn(usize) -> usize> SimdOp for ScoreTiles<'_, F> {
             for (lane, (top, scores)) in self.tops.iter_mut().zip(self.scores.chunks_exact(LANES)).enumerate() {
                 let seen = (self.visible)(lane).saturating_sub(first).min(LANES);
                 for (page, score) in scores[..seen].iter().enumerate() {
-                    top.push(*score, first + page);
+                    if *score >= top.threshold() || score.is_nan() {
+                        top.offer(*score, first + page);
+                    };
                 }
             }
         }
