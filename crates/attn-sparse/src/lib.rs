@@ -2,32 +2,51 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
-//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
-//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`DilatedWindow`] | every `dilation`-th key near it |
+//! | [`Documents`] | its own document |
 //! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
+//! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Padded`] | keys inside the sequence |
+//! | [`PerHead`] | by one pattern in some heads, by another in the others |
+//! | [`PrefixLm`] | keys up to itself, and the prefix |
 //! | [`Quest`] | the pages of keys whose bounds promise the largest scores |
+//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
+//! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
 //! What a decider chooses is a mask, usually a [`BlockMask`].
 
+mod attend;
 mod attention;
 mod block_mask;
 mod decider;
 mod decode;
+mod memory;
+mod pairs;
 mod patterns;
 mod registry;
+mod residues;
+mod score_rule;
 pub mod select;
 
-pub use attention::SparseAttention;
+pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use decode::{
     EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
 };
-pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
+pub use memory::Memory;
+pub use patterns::{
+    BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
+    LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
+};
 pub use registry::registry;
+pub use residues::{Class, Residues};
+pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

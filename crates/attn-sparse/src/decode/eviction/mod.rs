@@ -35,7 +35,7 @@ mod stream;
 mod tests;
 mod worth;
 
-use crate::attention::spec;
+use crate::attend::Call;
 use crate::{BlockSizes, Builder, Decision};
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Align, Band};
@@ -46,9 +46,7 @@ use attn_core::{
     QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, band_pairs,
     check_lse, softmax_flops, softmax_scale_or_default,
 };
-use attn_flash::engine::{
-    AnySpec, ForwardResult, Grads, OutputGrad, Problem, attend_any, attend_backward_any,
-};
+use attn_flash::engine::{ForwardResult, Grads};
 use lifetimes::Lifetimes;
 pub use policy::{EvictionPolicy, Importance, Pooling, Share, pyramid_budgets};
 pub use stream::EvictionStream;
@@ -134,7 +132,7 @@ impl KvEviction {
         let builder = Builder::new(&shape, sizes).per_batch().per_head(shape.n_heads_kv);
         let kept = |batch: usize, head: usize, _| survivors.positions[batch * shape.n_heads_kv + head].clone();
         let decision = Decision::from(builder.from_rows(kept)?);
-        attend_any(Problem::batch(x), out, lse, &spec(&decision, softmax_scale, &shape))
+        Call { decision: &decision, softmax_scale, score_mod: &Unchanged, sinks: None }.forward(x, out, lse)
     }
 
     /// A prompt: dense causal attention, of which the policy's survivors start a stream.
@@ -150,7 +148,8 @@ impl KvEviction {
         let mut stream = EvictionStream::start(&self.policy, softmax_scale, StreamShape::of(&x))?;
         let survivors = self.compress(&x)?;
         let causal = Band::causal(&shape, Align::BottomRight);
-        attend_any(Problem::batch(x), out, None, &AnySpec::new(softmax_scale, &causal, &Unchanged))?;
+        let decision = Decision::new(causal);
+        Call { decision: &decision, softmax_scale, score_mod: &Unchanged, sinks: None }.forward(x, out, None)?;
         stream.seed(&x, &survivors);
         Ok(stream)
     }
@@ -291,10 +290,9 @@ impl Differentiable for KvEviction {
     ) -> Result<()> {
         grads.check(&x)?;
         let Seen { lse, decision } = saved.get()?;
-        let spec = spec(decision, self.scale(&x)?, &x.shape());
-        let grad = OutputGrad { out: grad_out, lse: None };
+        let call = Call { decision, softmax_scale: self.scale(&x)?, score_mod: &Unchanged, sinks: None };
         let grads = Grads::new(grads.q, grads.k, grads.v);
-        attend_backward_any(Problem::batch(x), ForwardResult { out, lse }, grad, grads, &spec)
+        call.backward(x, ForwardResult { out, lse }, grad_out, grads)
     }
 }
 

@@ -22,18 +22,18 @@
 //! ICML 2024.
 
 mod bounds;
+mod memory;
 mod select;
-mod stream;
 #[cfg(test)]
 mod tests;
 
-use crate::{BlockSizes, Builder, Decider, Decision, Promises, Work};
+use crate::{BlockSizes, Builder, Decider, Decision, Memory, Promises, Work};
 use attn_core::mask::{Align, Band, SeeAll};
-use attn_core::{AttnError, AttnShape, Causality, Growth, Qkv, Result, StreamShape, StreamState, band_pairs};
+use attn_core::{AttnError, AttnShape, Causality, Growth, Qkv, Result, StreamShape, band_pairs};
 use attn_flash::stream::Kept;
+use memory::QuestMemory;
 use select::{Pages, bounds_of_all, choose};
 use std::sync::Arc;
-use stream::QuestStream;
 
 /// Chooses pages by their bounds; see [the crate](crate).
 ///
@@ -138,8 +138,7 @@ impl Decider for Quest {
         }
     }
 
-    fn stream(&self, softmax_scale: Option<f32>, shape: StreamShape) -> Option<Result<Box<dyn StreamState>>> {
-        let start = || QuestStream::start(*self, softmax_scale, shape);
-        Some(start().map(|stream| Box::new(stream) as Box<dyn StreamState>))
+    fn memory(&self, shape: &StreamShape) -> Option<Box<dyn Memory>> {
+        Some(Box::new(QuestMemory::new(*self, shape)))
     }
 }

@@ -1,0 +1,86 @@
+//! Streams of deciders that remember something of the keys they have seen.
+
+use crate::decider::{Decider, Decision};
+use crate::SparseAttention;
+use attn_core::{AttnError, OutMut, Qkv, Result, StreamShape, StreamState, TensorView};
+use attn_flash::cache::KvCache;
+use attn_flash::engine::KvView;
+
+/// What a decider remembers of the keys of a stream, so that it does not look at all of them for each token.
+pub trait Memory: Send {
+    /// The pairs that the new queries `x.q()` attend of all keys so far, of which the last ones are new. They must be
+    /// those that the decider would choose in the whole.
+    ///
+    /// # Errors
+    /// Those of the decider.
+    fn decide(&mut self, x: &Qkv<'_>) -> Result<Decision>;
+
+    /// Forgets all keys from `n_kv` on: of a piece that failed.
+    fn truncate(&mut self, n_kv: usize);
+
+    /// Bytes held.
+    fn bytes(&self) -> usize;
+}
+
+/// All keys and values, and what the decider remembers of them.
+pub(crate) struct RememberingStream<D> {
+    attention: SparseAttention<D>,
+    memory: Box<dyn Memory>,
+    shape: StreamShape,
+    cache: KvCache,
+}
+
+impl<D: Decider> RememberingStream<D> {
+    pub(crate) fn start(
+        attention: SparseAttention<D>,
+        memory: Box<dyn Memory>,
+        shape: StreamShape,
+    ) -> Result<Self> {
+        if shape.n_heads_kv == 0 || !shape.n_heads_q.is_multiple_of(shape.n_heads_kv) {
+            let expected = format!("a multiple of {} key/value heads", shape.n_heads_kv);
+            return Err(AttnError::shape("q", "n_heads_q", shape.n_heads_q, expected));
+        }
+        let cache = KvCache::new(shape.into(), shape.dtype.into())?;
+        Ok(Self { attention, memory, shape, cache })
+    }
+
+    fn attend(&mut self, q: TensorView<'_>, out: OutMut<'_>) -> Result<()> {
+        let (k, v) = self.cache.views()?;
+        let x = Qkv::new(q, tensor(k)?, tensor(v)?)?;
+        let decision = self.memory.decide(&x)?;
+        self.attention.attend_decided(&decision, x, out)
+    }
+}
+
+/// The cache has the stream's dtype, so this is one of its three.
+fn tensor(view: KvView<'_>) -> Result<TensorView<'_>> {
+    match view {
+        KvView::F32(view) => Ok(TensorView::F32(view)),
+        KvView::Bf16(view) => Ok(TensorView::Bf16(view)),
+        KvView::F16(view) => Ok(TensorView::F16(view)),
+        KvView::Int8 { .. } => Err(AttnError::unsupported("a stream with a memory", "a cache in int8")),
+    }
+}
+
+impl<D: Decider> StreamState for RememberingStream<D> {
+    fn append(&mut self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
+        self.shape.check(&x)?;
+        x.check_out(&out)?;
+        let before = self.cache.len();
+        self.cache.append(*x.k(), *x.v())?;
+        let done = self.attend(*x.q(), out);
+        if done.is_err() {
+            self.cache.truncate(before);
+            self.memory.truncate(before);
+        }
+        done
+    }
+
+    fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    fn bytes(&self) -> usize {
+        self.cache.bytes() + self.memory.bytes()
+    }
+}
