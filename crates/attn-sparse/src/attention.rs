@@ -303,8 +303,18 @@ impl<D: Decider> Streaming for SparseAttention<D> {
 }
 
 impl<D: Decider> SparseAttention<D> {
-    /// Attends pairs that are decided already.
-    pub(crate) fn attend_decided(&self, decision: &Decision, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
-        self.settings(&x.shape())?.call(decision).forward(x, out, None)
+    /// Attends pairs that are decided already, by [`Decider::decide`] or a [`Memory`](crate::Memory) of a cache that the
+    /// caller keeps.
+    ///
+    /// # Errors
+    /// [`AttnError`] if the decision, `out` or `lse` do not fit `x`; nothing has then been written.
+    pub fn attend_decided(
+        &self,
+        decision: &Decision,
+        x: Qkv<'_>,
+        out: OutMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        self.settings(&x.shape())?.call(decision).forward(x, out, lse)
     }
 }

@@ -1,12 +1,30 @@
 //! Streams of deciders that remember something of the keys they have seen.
 
-use crate::decider::{Decider, Decision};
 use crate::SparseAttention;
+use crate::decider::{Decider, Decision};
 use attn_core::{AttnError, OutMut, Qkv, Result, StreamShape, StreamState, TensorView};
 use attn_flash::cache::KvCache;
 use attn_flash::engine::KvView;
 
 /// What a decider remembers of the keys of a stream, so that it does not look at all of them for each token.
+///
+/// Streams of [`SparseAttention`] keep one beside their cache; a caller with a cache of its own asks the decider for one:
+///
+/// ```
+/// use attn_core::{Qkv, StreamShape, View, ViewMut};
+/// use attn_sparse::{Decider, Quest, SparseAttention};
+///
+/// let cache: Vec<f32> = (0..64 * 8).map(|x| (x as f32 * 0.9).sin()).collect();
+/// let rows = |n: usize| View::contiguous("x", &cache[..n * 8], [1, 1, n, 8]);
+/// let quest = SparseAttention::new(Quest { page_len: 4, token_budget: 16, ..Quest::default() });
+/// let x = Qkv::new(rows(1)?, rows(64)?, rows(64)?)?;
+/// let mut memory = quest.decider.memory(&StreamShape::of(&x)).expect("Quest has one");
+/// let mut out = [0.0; 8];
+/// // Once for each new token: only pages that are new are looked at key by key.
+/// let decision = memory.decide(&x)?;
+/// quest.attend_decided(&decision, x, ViewMut::contiguous("out", &mut out, [1, 1, 1, 8])?.into(), None)?;
+/// # Ok::<(), attn_core::AttnError>(())
+/// ```
 pub trait Memory: Send {
     /// The pairs that the new queries `x.q()` attend of all keys so far, of which the last ones are new. They must be
     /// those that the decider would choose in the whole.
@@ -48,7 +66,7 @@ impl<D: Decider> RememberingStream<D> {
         let (k, v) = self.cache.views()?;
         let x = Qkv::new(q, tensor(k)?, tensor(v)?)?;
         let decision = self.memory.decide(&x)?;
-        self.attention.attend_decided(&decision, x, out)
+        self.attention.attend_decided(&decision, x, out, None)
     }
 }
 

@@ -6,11 +6,11 @@ use attn_core::{Attention, AttnShape, Qkv, StreamShape, StreamState, Streaming, 
 use attn_sparse::{
     Decider, EvictionPolicy, KvEviction, Quest, Share, SinkWindow, SparseAttention, Survivors,
 };
+use attn_testkit::compare::Tol;
 use attn_testkit::conformance;
 use attn_testkit::golden::{GoldenCase, load_dir};
 use attn_testkit::gradient::{Claim, GradientCheck};
 use attn_testkit::inputs::Problem;
-use attn_testkit::compare::Tol;
 
 fn cases(variant: &str, count: usize) -> Vec<GoldenCase> {
     let all = load_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/testdata")).unwrap();
@@ -126,8 +126,7 @@ fn a_stream_of_pages_gives_the_bits_of_the_whole() {
     // Grouped heads, and more than one tile of pages.
     let shape = AttnShape { n_heads_q: 2, n_heads_kv: 1, ..AttnShape::square(2, 600, 8) };
     let problem = Problem::normal(shape, 3);
-    let quest =
-        SparseAttention::new(Quest { page_len: 5, token_budget: 30, keep_own: false, causal: true });
+    let quest = SparseAttention::new(Quest { page_len: 5, token_budget: 30, keep_own: false, causal: true });
     let (whole, _) = stream(&quest, &problem, &[600]);
     let (tokens, bytes) = stream(&quest, &problem, &[vec![257], vec![1; 343]].concat());
     assert!(whole.iter().zip(&tokens).all(|(a, b)| (a - b).abs() < 1e-5), "another choice");
@@ -146,7 +145,9 @@ fn evictions_keep_what_their_authors_keep() {
     ] {
         for case in cases(&format!("kv-eviction-{variant}"), 2) {
             let mut options = Options::new().with("policy", policy).with("budget", size(&case, "keep"));
-            for (theirs, ours) in [("window_size", "window"), ("kernel_size", "kernel"), ("n_sink", "n_sinks")] {
+            for (theirs, ours) in
+                [("window_size", "window"), ("kernel_size", "kernel"), ("n_sink", "n_sinks")]
+            {
                 if case.options.contains_key(theirs) {
                     options = options.with(ours, size(&case, theirs));
                 }

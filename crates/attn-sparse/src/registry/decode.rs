@@ -2,7 +2,9 @@
 
 use super::{at_least_1, build};
 use crate::{Decider, EvictionPolicy, Importance, KvEviction, Pooling, Quest, Share, Survivors};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like, run_qkv};
+use attn_core::registry::{
+    Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like, run_qkv,
+};
 use attn_core::{AttnError, Family, Qkv, Result};
 
 pub(super) fn entries() -> Vec<Entry> {
@@ -58,8 +60,16 @@ pub(super) fn entries() -> Vec<Entry> {
                     default: "",
                     help: "last positions that stay; default half the budget for h2o, 1 for tova, else 0",
                 },
-                OptionSpec { name: "window", default: "", help: "snapkv: last queries that are asked, default 32" },
-                OptionSpec { name: "kernel", default: "", help: "snapkv: neighbours smoothed over, default 5" },
+                OptionSpec {
+                    name: "window",
+                    default: "",
+                    help: "snapkv: last queries that are asked, default 32",
+                },
+                OptionSpec {
+                    name: "kernel",
+                    default: "",
+                    help: "snapkv: neighbours smoothed over, default 5",
+                },
                 OptionSpec { name: "pooling", default: "", help: "snapkv: how they are smoothed, mean|max" },
                 OptionSpec {
                     name: "share",
@@ -100,7 +110,8 @@ fn one_of<T: Copy>(options: &Options, name: &str, known: &[(&str, T)]) -> Result
 fn numbers(options: &Options, name: &str) -> Result<Vec<usize>> {
     let Some(text) = options.get::<String>(name)? else { return Ok(Vec::new()) };
     let read = |word: &str| {
-        let wrong = |_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), "numbers such as 0,3");
+        let wrong =
+            |_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), "numbers such as 0,3");
         word.trim().parse().map_err(wrong)
     };
     text.split(',').map(read).collect()
@@ -184,7 +195,8 @@ fn run_eviction(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Res
     };
     let most = survivors.positions.iter().map(Vec::len).max().unwrap_or(0);
     let padded = |kept: &Vec<usize>| {
-        let kept: Vec<i32> = kept.iter().map(|at| *at as i32).chain(std::iter::repeat(-1)).take(most).collect();
+        let kept: Vec<i32> =
+            kept.iter().map(|at| *at as i32).chain(std::iter::repeat(-1)).take(most).collect();
         kept
     };
     let kept = TensorData::I32(survivors.positions.iter().flat_map(padded).collect());

@@ -39,7 +39,14 @@ pub(super) fn masses(x: &Qkv<'_>, softmax_scale: f32, n_rows: usize) -> Vec<Vec<
             let rows = first_row + blocks.start * LANES..(first_row + blocks.end * LANES).min(s.n_q);
             if rows.start < rows.end {
                 columns.resize(s.n_kv, 0.0);
-                isa.run(Columns { x, s, factor, head: [head / s.n_heads_q, head % s.n_heads_q], rows, columns });
+                isa.run(Columns {
+                    x,
+                    s,
+                    factor,
+                    head: [head / s.n_heads_q, head % s.n_heads_q],
+                    rows,
+                    columns,
+                });
             }
         },
     );

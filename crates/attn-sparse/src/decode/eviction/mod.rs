@@ -42,9 +42,9 @@ use attn_core::mask::{Align, Band};
 use attn_core::registry::output_like;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, band_pairs,
-    check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
+    Qkv, QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
+    band_pairs, check_lse, softmax_flops, softmax_scale_or_default,
 };
 use attn_flash::engine::{ForwardResult, Grads};
 use lifetimes::Lifetimes;
@@ -130,7 +130,8 @@ impl KvEviction {
         }
         let sizes = BlockSizes { q: shape.n_q, kv: 1 };
         let builder = Builder::new(&shape, sizes).per_batch().per_head(shape.n_heads_kv);
-        let kept = |batch: usize, head: usize, _| survivors.positions[batch * shape.n_heads_kv + head].clone();
+        let kept =
+            |batch: usize, head: usize, _| survivors.positions[batch * shape.n_heads_kv + head].clone();
         let decision = Decision::from(builder.from_rows(kept)?);
         Call { decision: &decision, softmax_scale, score_mod: &Unchanged, sinks: None }.forward(x, out, lse)
     }
@@ -149,7 +150,8 @@ impl KvEviction {
         let survivors = self.compress(&x)?;
         let causal = Band::causal(&shape, Align::BottomRight);
         let decision = Decision::new(causal);
-        Call { decision: &decision, softmax_scale, score_mod: &Unchanged, sinks: None }.forward(x, out, None)?;
+        Call { decision: &decision, softmax_scale, score_mod: &Unchanged, sinks: None }
+            .forward(x, out, None)?;
         stream.seed(&x, &survivors);
         Ok(stream)
     }
@@ -167,7 +169,12 @@ impl KvEviction {
     fn start_over(&self, x: &Qkv<'_>, out: &OutMut<'_>, lse: Option<&[f32]>) -> Result<EvictionStream> {
         let s = x.shape();
         if s.n_q != s.n_kv {
-            return Err(AttnError::shape("k", "n_kv", s.n_kv, format!("{} (as n_q: every position asks)", s.n_q)));
+            return Err(AttnError::shape(
+                "k",
+                "n_kv",
+                s.n_kv,
+                format!("{} (as n_q: every position asks)", s.n_q),
+            ));
         }
         x.check_out(out)?;
         if let Some(lse) = lse {
@@ -196,9 +203,16 @@ impl Attention for KvEviction {
 
     fn profile(&self) -> Profile {
         let dense = !self.policy.full_heads.is_empty();
+        // Where weights count, a query has a say in what later ones see: its row is not all that it reaches.
+        let target = match self.policy.importance {
+            Importance::Recency | Importance::KeyNorm | Importance::KeyDifference => {
+                Target::SoftmaxOverChosen
+            }
+            _ => Target::SoftmaxApproximately,
+        };
         Profile {
             family: Family::Sparse,
-            target: Target::SoftmaxOverChosen,
+            target,
             causality: Causality::Strict,
             convex: true,
             key_order_free: false,
@@ -219,7 +233,8 @@ impl Attention for KvEviction {
             let keeps_all = self.policy.keeps_all(head);
             let left = if keeps_all { None } else { Some(self.policy.budget) };
             pairs += group * band_pairs(shape, &Band { left, ..causal });
-            slots += if keeps_all { shape.n_kv } else { self.policy.budget.saturating_add(1).min(shape.n_kv) };
+            slots +=
+                if keeps_all { shape.n_kv } else { self.policy.budget.saturating_add(1).min(shape.n_kv) };
         }
         let batch = shape.batch as u64;
         let window = match self.policy.importance {

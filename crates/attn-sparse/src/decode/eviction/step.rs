@@ -55,7 +55,10 @@ impl SimdOp for Walk<'_, '_> {
                     if let Some(to) = self.lse.get_mut(at * group + g) {
                         to[i] = lse;
                     }
-                    add_mean(head, g, 1.0 / (sum * group as f32));
+                    if sum.is_finite() {
+                        // A query that is NaN has no say.
+                        add_mean(head, g, 1.0 / (sum * group as f32));
+                    }
                     mix(simd, head, g, 1.0 / sum, &mut out);
                     self.out[at * group + g].store(i, out[..shape.head_dim_v].iter().copied());
                 }

@@ -35,7 +35,8 @@ impl<'a> Simulation<'a> {
             let at = ((self.batch * s.n_heads_q + head * s.group_size() + g) * s.n_q + t) * d;
             let q = &self.problem.q[at..at + d];
             let score = |j: &usize| -> f64 {
-                self.key(head, *j).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum::<f64>() / (d as f64).sqrt()
+                self.key(head, *j).iter().zip(q).map(|(k, q)| k * f64::from(*q)).sum::<f64>()
+                    / (d as f64).sqrt()
             };
             let weights: Vec<f64> = self.held[head].iter().map(|j| score(j).exp()).collect();
             let sum: f64 = weights.iter().sum();
@@ -124,7 +125,8 @@ impl<'a> Simulation<'a> {
                 }
             }
             Share::Layer => {
-                let mean = (0..worth[0].len()).map(|at| worth.iter().map(|w| w[at]).sum()).collect::<Vec<f64>>();
+                let mean =
+                    (0..worth[0].len()).map(|at| worth.iter().map(|w| w[at]).sum()).collect::<Vec<f64>>();
                 worth.fill(mean);
                 if self.held[0].len() > self.policy.budget {
                     let (_, j) = self.least(&[0], &worth[..1], t);
@@ -161,24 +163,15 @@ fn policies() -> Vec<EvictionPolicy> {
         EvictionPolicy::key_diff(17),
         EvictionPolicy::duo(vec![1], 2, 6),
     ];
-    let shared = |safeguard| EvictionPolicy {
-        share: Share::Budget { safeguard },
-        ..EvictionPolicy::h2o(2, 10)
-    };
+    let shared =
+        |safeguard| EvictionPolicy { share: Share::Budget { safeguard }, ..EvictionPolicy::h2o(2, 10) };
     all.into_iter().chain([shared(0.2), shared(1.0)]).collect()
 }
 
 #[test]
 fn the_least_worthy_goes_after_each_query() {
-    let shape = AttnShape {
-        batch: 2,
-        n_heads_q: 4,
-        n_heads_kv: 2,
-        n_q: 61,
-        n_kv: 61,
-        head_dim: 6,
-        head_dim_v: 3,
-    };
+    let shape =
+        AttnShape { batch: 2, n_heads_q: 4, n_heads_kv: 2, n_q: 61, n_kv: 61, head_dim: 6, head_dim_v: 3 };
     let problem = Problem::normal(shape, 4);
     for policy in policies() {
         let eviction = KvEviction::new(policy.clone());
@@ -250,7 +243,8 @@ fn settings_that_cannot_be_met_are_refused() {
     refused(EvictionPolicy::snap_kv(16, 5, 8), "window");
     refused(EvictionPolicy::snap_kv(4, 2, 8), "kernel");
     refused(EvictionPolicy::duo(vec![2], 0, 8), "full_heads");
-    let shared = |safeguard| EvictionPolicy { share: Share::Budget { safeguard }, ..EvictionPolicy::h2o(1, 8) };
+    let shared =
+        |safeguard| EvictionPolicy { share: Share::Budget { safeguard }, ..EvictionPolicy::h2o(1, 8) };
     refused(shared(1.5), "safeguard");
     refused(EvictionPolicy { full_heads: vec![0], ..shared(0.5) }, "share");
     assert!(pyramid_budgets(0, 10, 5, 20.0, 1).is_err() && pyramid_budgets(2, 10, 5, 0.5, 1).is_err());

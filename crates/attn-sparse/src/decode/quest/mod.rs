@@ -85,8 +85,9 @@ impl Quest {
         if shape.rows() == 0 {
             return Ok(Decision::new(SeeAll));
         }
-        let mut builder =
-            Builder::new(&shape, BlockSizes { q: 1, kv: self.page_len }).per_batch().per_head(shape.n_heads_q);
+        let mut builder = Builder::new(&shape, BlockSizes { q: 1, kv: self.page_len })
+            .per_batch()
+            .per_head(shape.n_heads_q);
         if self.causal {
             builder = builder.inside(Arc::new(Band::causal(&shape, Align::BottomRight)));
         }

@@ -36,8 +36,7 @@ impl Pages {
             return Vec::new();
         }
         let group = shape.group_size();
-        let at =
-            ((batch * shape.n_heads_kv + head / group) * shape.n_q + i) * group + head % group;
+        let at = ((batch * shape.n_heads_kv + head / group) * shape.n_q + i) * group + head % group;
         let list = &self.lists[at * self.per_row..][..self.per_row];
         list.iter().take_while(|page| **page != NONE).map(|page| *page as usize).collect()
     }
@@ -112,7 +111,8 @@ pub(super) fn choose(quest: &Quest, x: &Qkv<'_>, bounds: &[PageBounds]) -> Pages
         }
     };
     let heads = lists.chunks_mut(shape.n_q * group * per_row);
-    let outputs: Vec<&mut [u32]> = heads.flat_map(|head| head.chunks_mut(block_rows * group * per_row)).collect();
+    let outputs: Vec<&mut [u32]> =
+        heads.flat_map(|head| head.chunks_mut(block_rows * group * per_row)).collect();
     let n_tiles = choice.tiles(&block(blocks_of_head - 1));
     let shares = (n_tiles / SHARE_TILES).clamp(1, SHARES);
     if outputs.len() >= FEW_TASKS || shares == 1 {
@@ -246,7 +246,8 @@ impl<F: Fn(usize) -> usize> SimdOp for ScoreTiles<'_, F> {
                 Start::Zero,
             );
             let first = tile * LANES;
-            for (lane, (top, scores)) in self.tops.iter_mut().zip(self.scores.chunks_exact(LANES)).enumerate() {
+            for (lane, (top, scores)) in self.tops.iter_mut().zip(self.scores.chunks_exact(LANES)).enumerate()
+            {
                 let seen = (self.visible)(lane).saturating_sub(first).min(LANES);
                 for (page, score) in scores[..seen].iter().enumerate() {
                     if *score >= top.threshold() || score.is_nan() {

@@ -14,7 +14,8 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 /// `U` in f64 over some keys of a head.
 fn bound(q: &[f32], keys: &[f32], d: usize) -> f64 {
-    let of = |c: usize| keys.chunks_exact(d).map(|k| f64::from(q[c]) * f64::from(k[c])).fold(f64::MIN, f64::max);
+    let of =
+        |c: usize| keys.chunks_exact(d).map(|k| f64::from(q[c]) * f64::from(k[c])).fold(f64::MIN, f64::max);
     (0..d).map(of).sum()
 }
 
@@ -48,8 +49,11 @@ fn brute_force(quest: &Quest, problem: &Problem, row: usize) -> Vec<usize> {
     let seen = if quest.causal { (i + 1 + s.n_kv).saturating_sub(s.n_q).min(s.n_kv) } else { s.n_kv };
     let keys = &problem.k[head * s.n_kv * d..][..seen * d];
     let pages = keys.chunks(quest.page_len * d).enumerate();
-    let mut pages: Vec<_> = pages.map(|(at, page)| (at, bound(&problem.q[row * d..][..d], page, d))).collect();
-    if quest.keep_own && let Some(own) = pages.last_mut() {
+    let mut pages: Vec<_> =
+        pages.map(|(at, page)| (at, bound(&problem.q[row * d..][..d], page, d))).collect();
+    if quest.keep_own
+        && let Some(own) = pages.last_mut()
+    {
         own.1 = f64::INFINITY;
     }
     pages.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
