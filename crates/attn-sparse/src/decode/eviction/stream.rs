@@ -85,7 +85,8 @@ impl EvictionStream {
         }
         let together = if self.policy.share == Share::Head { 1 } else { s.n_heads_kv };
         let n_out = together * s.group_size();
-        let mut out: Vec<OutRows<'_>> = out.into_cuts(Vec::from([0..s.n_q]));
+        let rows = 0..s.n_q;
+        let mut out: Vec<OutRows<'_>> = out.into_cuts(vec![rows]);
         let mut lse: Vec<&mut [f32]> = lse.map(|lse| lse.chunks_mut(s.n_q).collect()).unwrap_or_default();
         let mut tasks = Vec::new();
         for (at, heads) in self.heads.chunks_mut(together).enumerate() {
