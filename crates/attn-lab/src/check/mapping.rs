@@ -38,7 +38,9 @@ enum Rule {
     Segment,
     /// Numbers, ours between commas; of pairs `[a, b]` ours are ranges `a-b`.
     List(&'static str),
-    /// A number that ours has twice, for queries and for keys.
+    /// A word of ours for one of theirs; other words are the same.
+    Word(&'static str, &'static [(&'static str, &'static str)]),
+    /// A number of queries and of keys that ours has once.
     Square(&'static str),
 }
 
@@ -236,6 +238,10 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
                 .as_array()
                 .map_or_else(|| text.clone(), |all| all.iter().map(one).collect::<Vec<_>>().join(","));
             plan.set(ours, all);
+        }
+        Rule::Word(ours, words) => {
+            let word = words.iter().find(|(theirs, _)| *theirs == text).map(|(_, ours)| *ours);
+            plan.set(ours, word.unwrap_or(&text));
         }
         Rule::Square(ours) => match plan.options.0.get(ours) {
             Some(other) if *other != text => {

@@ -79,6 +79,28 @@ pub(super) const TABLE: &[Row] = &[
         ..SPARSE
     },
     Row {
+        variant: "flex-block-mask",
+        ours: "flex",
+        set: &[("causal", "false")],
+        options: &[("block_q", Rule::As("block_q")), ("block_kv", Rule::As("block_kv"))],
+        // A Python function: the pairs that it sees are fed in.
+        remarks: &["mask_mod"],
+        given: &[("mask", "mask")],
+        ..SPARSE
+    },
+    Row {
+        variant: "flex-score-mod",
+        ours: "flex",
+        set: &[("causal", "false")],
+        options: &[
+            ("score_mod", Rule::Word("score_mod", &[("softcap", "none"), ("softcap_window", "none")])),
+            ("softcap", Rule::As("softcap")),
+            ("scale", Rule::Only("d**-0.5")),
+        ],
+        given: &[("mask", "mask")],
+        ..SPARSE
+    },
+    Row {
         variant: "bigbird",
         ours: "bigbird",
         options: &[
