@@ -112,7 +112,7 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "compressed-heavy",
         ours: "compressed-heavy",
-        options: &[("compress_rate", Rule::As("compress_rate")), ("window", Rule::As("window"))],
+        options: &[("compress_rate", Rule::As("rate")), ("window", Rule::As("window"))],
         // None: no entry is left out.
         remarks: &["index_scale", "index_topk"],
         ..SPARSE
@@ -121,7 +121,7 @@ pub(super) const TABLE: &[Row] = &[
         variant: "compressed-sparse",
         ours: "compressed-sparse",
         options: &[
-            ("compress_rate", Rule::As("compress_rate")),
+            ("compress_rate", Rule::As("rate")),
             ("window", Rule::As("window")),
             ("index_topk", Rule::As("top_k")),
             ("index_scale", Rule::Only("DI**-0.5 on dots, HI**-0.5 on weights")),
