@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod decode;
 mod flex;
 mod masks;
 mod named;
@@ -12,7 +13,7 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [flex::entries(), masks::entries(), prefill::entries(), windows::entries()]
+    [decode::entries(), flex::entries(), masks::entries(), prefill::entries(), windows::entries()]
         .into_iter()
         .flatten()
         .collect()
