@@ -15,12 +15,14 @@ mod block_mask;
 mod decider;
 mod patterns;
 mod registry;
+mod sorted;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
 pub use registry::registry;
+pub use sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {
