@@ -2,26 +2,46 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
-//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
-//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`DilatedWindow`] | every `dilation`-th key near it |
+//! | [`Documents`] | its own document |
+//! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Padded`] | keys inside the sequence |
+//! | [`PerHead`] | by one pattern in some heads, by another in the others |
+//! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`Reformer`] | keys whose hash sorts them near it, in several rounds |
+//! | [`Routing`] | the keys nearest to the centroids that it is nearest to |
+//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
+//! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
 //! What a decider chooses is a mask, usually a [`BlockMask`].
 
+mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod pairs;
 mod patterns;
 mod registry;
+mod residues;
+mod score_rule;
+pub mod select;
 mod sorted;
 
-pub use attention::SparseAttention;
+pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
-pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
+pub use patterns::{
+    BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
+    LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
+};
 pub use registry::registry;
+pub use residues::{Class, Residues};
+pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs};
 
 /// Query heads over all batch entries.
