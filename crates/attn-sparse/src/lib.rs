@@ -12,6 +12,7 @@
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
 //! | [`Reformer`] | keys whose hash sorts them near it, in several rounds |
 //! | [`Routing`] | the keys nearest to the centroids that it is nearest to |
+//! | [`Sinkhorn`] | its own bucket of positions, and mixtures of others |
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`SlidingWindow`] | keys `p - left ..= p + right` |
 //! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
@@ -42,7 +43,10 @@ pub use patterns::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
-pub use sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs};
+pub use sorted::{
+    Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, Sinkhorn, SinkhornGrads, SinkhornInputs,
+    SinkhornKind,
+};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Reformer`] | chunks of tokens sorted by random hashes, several rounds |
 //! | [`Routing`] | for each centroid, the queries and the keys nearest to it |
+//! | [`Sinkhorn`] | buckets of consecutive tokens, and mixtures of others |
 //!
 //! A group's rows are gathered into contiguous copies, `O(n)` of them, and become a head of one call of the exact engine
 //! ([`slots`]); results are merged or averaged where their tokens stand.
@@ -14,7 +15,9 @@ mod repeats;
 mod routing;
 mod rows;
 mod scores;
+mod sinkhorn;
 mod slots;
 
 pub use reformer::{Hashing, Reformer};
 pub use routing::{Routing, RoutingGrads, RoutingInputs};
+pub use sinkhorn::{Sinkhorn, SinkhornGrads, SinkhornInputs, SinkhornKind};

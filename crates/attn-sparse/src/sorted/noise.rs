@@ -5,7 +5,8 @@
 /// `len` standard normal numbers; the seed and the place alone decide each.
 pub(super) fn normal(seed: u64, len: usize) -> Vec<f32> {
     let uniform = |at: u64| {
-        let mut x = seed.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut x =
+            seed.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64

@@ -1,7 +1,7 @@
 //! Rows gathered from strided tensors into contiguous f32 ones, and tokens found back from their slots.
 
 use attn_core::view::Rows;
-use attn_core::{Element, OutMut, OutRows, TensorView};
+use attn_core::{AttnShape, Element, OutMut, OutRows, TensorView};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -15,11 +15,7 @@ pub(super) fn gather(
     to: &mut [f32],
     source: impl Fn(usize) -> Option<usize> + Sync,
 ) {
-    fn typed<E: Element>(
-        from: Rows<'_, E>,
-        to: &mut [f32],
-        source: impl Fn(usize) -> Option<usize> + Sync,
-    ) {
+    fn typed<E: Element>(from: Rows<'_, E>, to: &mut [f32], source: impl Fn(usize) -> Option<usize> + Sync) {
         let width = from.width();
         to.par_chunks_mut(BLOCK * width).enumerate().for_each(|(block, rows)| {
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {
@@ -152,4 +148,24 @@ pub(super) fn through_the_norm(rows: &TensorView<'_>, at: [usize; 2], of_unit: &
             to.iter_mut().zip(grad.iter().zip(x)).for_each(|(to, (g, x))| *to += (g - along * x) / length);
         }
     });
+}
+
+/// Batch entry and query head of every head of a problem, in the order of its outputs.
+pub(super) fn heads(shape: &AttnShape) -> Vec<[usize; 2]> {
+    (0..shape.batch).flat_map(|batch| (0..shape.n_heads_q).map(move |head| [batch, head])).collect()
+}
+
+/// The length of the longest row of a head; NaN if one is.
+pub(super) fn head_norms(rows: &TensorView<'_>, at: [usize; 2]) -> f32 {
+    let [_, _, n, width] = rows.shape();
+    let longest = |block: usize| {
+        let mut row = vec![0.0; width];
+        (block * BLOCK..n.min((block + 1) * BLOCK)).fold(0.0, |longest: f64, i| {
+            rows.read_row(at[0], at[1], i, &mut row);
+            let squares: f64 = row.iter().map(|x| x * x).sum();
+            if squares > longest || squares.is_nan() { squares } else { longest }
+        })
+    };
+    let blocks = (0..n.div_ceil(BLOCK)).into_par_iter().map(longest);
+    blocks.reduce(|| 0.0, |a, b| if b > a || b.is_nan() { b } else { a }).sqrt() as f32
 }

@@ -6,12 +6,21 @@ use attn_core::simd::{Isa, Simd, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
 use rayon::prelude::*;
 
-/// `C [m, n] = A [m, k] B [k, n]`, all row-major.
+/// `C [m, n] = A [m, k] B [k, n]`, all row-major, or with `A` stored as `[k, m]`.
 pub(super) struct Product<'a> {
     pub(super) sizes: [usize; 3],
     pub(super) a: &'a [f32],
+    pub(super) a_transposed: bool,
     pub(super) b: &'a [f32],
     pub(super) c: &'a mut [f32],
+    pub(super) start: Start,
+}
+
+impl<'a> Product<'a> {
+    /// `C = A B`, row-major.
+    pub(super) fn new(sizes: [usize; 3], a: &'a [f32], b: &'a [f32], c: &'a mut [f32]) -> Self {
+        Self { sizes, a, a_transposed: false, b, c, start: Start::Zero }
+    }
 }
 
 impl SimdOp for Product<'_> {
@@ -19,10 +28,11 @@ impl SimdOp for Product<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let [_, n, k] = self.sizes;
-        let a = Lhs { data: self.a, row_stride: k, col_stride: 1 };
+        let [m, n, k] = self.sizes;
+        let (row_stride, col_stride) = if self.a_transposed { (1, m) } else { (k, 1) };
+        let a = Lhs { data: self.a, row_stride, col_stride };
         let (b, c) = (Rhs { data: self.b, stride: n }, TileMut { data: self.c, stride: n });
-        product(simd, self.sizes, a, b, c, Start::Zero);
+        product(simd, self.sizes, a, b, c, self.start);
     }
 }
 
@@ -54,7 +64,7 @@ pub(super) fn for_each_row<T: Send>(
     blocks.for_each_init(Vec::new, |scores, (out, rows)| {
         let n_rows = rows.len() / width;
         scores.resize(n_rows * n_columns, 0.0);
-        isa.run(Product { sizes: [n_rows, n_columns, width], a: rows, b: columns, c: scores });
+        isa.run(Product::new([n_rows, n_columns, width], rows, columns, scores));
         let each = scores.chunks_exact(n_columns).zip(out.chunks_exact_mut(per_row));
         each.for_each(|(scores, out)| read(scores, out));
     });

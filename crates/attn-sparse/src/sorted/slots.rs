@@ -72,7 +72,7 @@ impl Mask for Slots<'_> {
         let keys = self.k.rows(head, &(0..n_kv));
         let seen = |k: &i32| *k != NOBODY && !(self.causal && *k > last);
         match (keys.iter().position(seen), keys.iter().rposition(seen)) {
-            (Some(first), Some(last)) => vec![first..last + 1],
+            (Some(first), Some(last)) => std::iter::once(first..last + 1).collect(),
             _ => Vec::new(),
         }
     }

@@ -42,7 +42,8 @@ impl Backward<'_> {
             let mut sums_q = vec![0.0; units.len() * n * d];
             // Gradients of keys that are queries.
             let mut sums_x = vec![0.0; if config.shared_qk { sums_q.len() } else { 0 }];
-            let mut chunks = Chunks::new(config, self.x, self.rounds.n_buckets, units);
+            let mut chunks =
+                Chunks::new(config, self.x, (self.rounds.n_buckets, self.rounds.self_score.used), units);
             let [n_q, n_k] = chunks.rows();
             let gathered = chunks.shape();
             let mut rows = vec![0.0; units.len() * n_q * d_v];
@@ -93,7 +94,12 @@ impl Backward<'_> {
             if config.shared_qk {
                 for (u, unit) in units.iter().enumerate() {
                     let of_unit = &sums_x[u * n * d..][..n * d];
-                    through_the_norm(self.x.q(), [unit.batch, unit.head], of_unit, &mut sums_q[u * n * d..][..n * d]);
+                    through_the_norm(
+                        self.x.q(),
+                        [unit.batch, unit.head],
+                        of_unit,
+                        &mut sums_q[u * n * d..][..n * d],
+                    );
                 }
             }
             writer.write(&sums_q);

@@ -46,7 +46,9 @@ fn argmax(x: &[f32]) -> usize {
 pub(super) fn hash(rows: &TensorView<'_>, at: [usize; 2], rotations: &[f32], digits: &Digits) -> Vec<i32> {
     let (n, n_hashes) = (rows.shape()[2], digits.n_hashes);
     let mut by_token = vec![0; n * n_hashes];
-    for_each_row(rows, at, rotations, &mut by_token, n_hashes, |scores, buckets| digits.read(scores, buckets));
+    for_each_row(rows, at, rotations, &mut by_token, n_hashes, |scores, buckets| {
+        digits.read(scores, buckets)
+    });
     let by_round = |round: usize| by_token.iter().skip(round).step_by(n_hashes).copied();
     (0..n_hashes).flat_map(by_round).collect()
 }

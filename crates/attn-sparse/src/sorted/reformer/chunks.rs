@@ -27,6 +27,7 @@ pub(super) struct Chunks<'a> {
     config: &'a Reformer,
     x: Qkv<'a>,
     n_buckets: usize,
+    self_logit: f32,
     units: &'a [Unit],
     n_chunks: usize,
     q: Vec<f32>,
@@ -40,7 +41,12 @@ pub(super) struct Chunks<'a> {
 }
 
 impl<'a> Chunks<'a> {
-    pub(super) fn new(config: &'a Reformer, x: Qkv<'a>, n_buckets: usize, units: &'a [Unit]) -> Self {
+    pub(super) fn new(
+        config: &'a Reformer,
+        x: Qkv<'a>,
+        (n_buckets, self_logit): (usize, f32),
+        units: &'a [Unit],
+    ) -> Self {
         let shape = x.shape();
         let (chunk, n_chunks) = (config.bucket_size, shape.n_q.div_ceil(config.bucket_size));
         let slots = [n_chunks, n_chunks + 1].map(|chunks| units.len() * chunks * chunk);
@@ -55,6 +61,7 @@ impl<'a> Chunks<'a> {
             config,
             x,
             n_buckets,
+            self_logit,
             units,
             n_chunks,
             q: vec![0.0; slots[0] * shape.head_dim],
@@ -81,11 +88,16 @@ impl<'a> Chunks<'a> {
         for (at, unit) in self.units.iter().enumerate() {
             let (of_q, of_kv) = ([unit.batch, unit.head], [unit.batch, unit.kv_head]);
             let (keys, of_k) = if shared { (self.x.q(), of_q) } else { (self.x.k(), of_kv) };
-            gather(self.x.q(), of_q, &mut self.q[at * n_q * d..][..n_q * d], |slot| unit.q.token(round, slot));
+            gather(self.x.q(), of_q, &mut self.q[at * n_q * d..][..n_q * d], |slot| {
+                unit.q.token(round, slot)
+            });
             let key = |row: usize| unit.k.key(round, row).map(|(_, token)| token);
             gather(keys, of_k, &mut self.k[at * n_k * d..][..n_k * d], key);
             gather(self.x.v(), of_kv, &mut self.v[at * n_k * d_v..][..n_k * d_v], key);
-            self.q_positions[at * n_q..][..n_q].iter_mut().zip(unit.q.positions(round)).for_each(|(to, p)| *to = p);
+            self.q_positions[at * n_q..][..n_q]
+                .iter_mut()
+                .zip(unit.q.positions(round))
+                .for_each(|(to, p)| *to = p);
             let positions = self.k_positions[at * n_k..][..n_k].iter_mut();
             positions.zip(unit.k.key_positions(round)).for_each(|(to, p)| *to = p);
             if let Some([of_q, of_k]) = &mut self.labels {
@@ -113,7 +125,11 @@ impl<'a> Chunks<'a> {
             Ok(View::new(name, rows, axes, [entry, chunk * width, width, 1])?.into())
         };
         let d = shape.head_dim;
-        Qkv::new(view("q", &self.q, 1, d)?, view("k", &self.k, 2, d)?, view("v", &self.v, 2, shape.head_dim_v)?)
+        Qkv::new(
+            view("q", &self.q, 1, d)?,
+            view("k", &self.k, 2, d)?,
+            view("v", &self.v, 2, shape.head_dim_v)?,
+        )
     }
 
     /// The sizes of the gathered problem.
@@ -144,7 +160,7 @@ impl<'a> Chunks<'a> {
             q: Lane { numbers: &self.q_positions, entry: n_q, group },
             k: Lane { numbers: &self.k_positions, entry: n_k, group },
             causal: self.config.causal_mask,
-            self_logit: self.config.shared_qk.then_some(self.config.self_logit),
+            self_logit: self.config.shared_qk.then_some(self.self_logit),
             buckets: self.labels.as_ref().map(|[of_q, of_k]| {
                 [Lane { numbers: of_q, entry: n_q, group }, Lane { numbers: of_k, entry: n_k, group }]
             }),

@@ -92,7 +92,8 @@ impl Pairs<'_> {
                 let bucket = |orders: &Orders, round: usize, token: usize| {
                     (round, orders.buckets[round * orders.n + token])
                 };
-                let same = self.config.attend_across_buckets || bucket(self.q, round, i) == bucket(self.k, of, j);
+                let same =
+                    self.config.attend_across_buckets || bucket(self.q, round, i) == bucket(self.k, of, j);
                 (same && !(self.config.causal_mask && j > i)).then_some(j)
             })
         })

@@ -3,10 +3,11 @@
 use super::chunks::{Chunks, Unit};
 use super::hashing::Resolved;
 use super::order::Orders;
+use super::self_score::SelfScore;
 use super::{Reformer, Rounds};
-use crate::sorted::rows::{BLOCK, write_entries};
-use attn_core::merge::merge_into;
+use crate::sorted::rows::{BLOCK, heads, write_entries};
 use attn_core::mask::Mask;
+use attn_core::merge::merge_into;
 use attn_core::score::ScoreMod;
 use attn_core::{AttnShape, OutMut, Qkv, Result, View, ViewMut};
 use attn_flash::engine::{AnySpec, Problem, attend_any};
@@ -33,16 +34,16 @@ pub(super) struct Forward<'a> {
 impl Forward<'_> {
     pub(super) fn run(self, mut out: OutMut<'_>, mut lse: Option<&mut [f32]>) -> Result<Rounds> {
         let shape = self.x.shape();
-        let mut rounds = Rounds { units: Vec::new(), n_buckets: self.hashing.n_buckets(), lse: Vec::new() };
+        let self_score = SelfScore::new(self.config, &self.x, self.softmax_scale);
+        let n_buckets = self.hashing.n_buckets();
+        let mut rounds = Rounds { units: Vec::new(), n_buckets, self_score, lse: Vec::new() };
         if shape.rows() == 0 || shape.n_kv == 0 {
             out.fill_zero();
             lse.into_iter().for_each(|lse| lse.fill(f32::NEG_INFINITY));
             return Ok(rounds);
         }
         let (n, d_v, rounds_of_unit) = (shape.n_q, shape.head_dim_v, self.config.n_hashes * shape.n_q);
-        let heads: Vec<[usize; 2]> =
-            (0..shape.batch).flat_map(|b| (0..shape.n_heads_q).map(move |h| [b, h])).collect();
-        let entries = entries(&shape);
+        let (heads, entries) = (heads(&shape), entries(&shape));
         let mut writer = write_entries(out);
         let (mut sums, mut merged) = (vec![0.0; entries * n * d_v], vec![0.0; entries * n]);
         for (at, heads) in heads.chunks(entries).enumerate() {
@@ -55,10 +56,11 @@ impl Forward<'_> {
                 first
             });
             let kept = kept.map(|first| &mut rounds.lse[first..]);
-            self.merge_rounds(&units, sums, merged, kept)?;
+            self.merge_rounds(&units, self_score, sums, merged, kept)?;
             writer.write(sums);
             if let Some(lse) = &mut lse {
-                lse[at * entries * n..][..merged.len()].copy_from_slice(merged);
+                let to = lse[at * entries * n..].iter_mut().zip(merged.iter());
+                to.for_each(|(to, lse)| *to = self_score.of(*lse));
             }
             if self.keep {
                 rounds.units.extend(units);
@@ -91,12 +93,13 @@ impl Forward<'_> {
     fn merge_rounds(
         &self,
         units: &[Unit],
+        self_score: SelfScore,
         sums: &mut [f32],
         merged: &mut [f32],
         mut kept: Option<&mut [f32]>,
     ) -> Result<()> {
         let (n, d_v) = (self.x.shape().n_q, self.x.shape().head_dim_v);
-        let mut chunks = Chunks::new(self.config, self.x, self.hashing.n_buckets(), units);
+        let mut chunks = Chunks::new(self.config, self.x, (self.hashing.n_buckets(), self_score.used), units);
         let n_slots = chunks.rows()[0];
         let shape = chunks.shape();
         let mut out = vec![0.0; shape.rows() * d_v];

@@ -35,8 +35,7 @@ mod definition;
 mod forward;
 mod hashing;
 mod order;
-#[cfg(test)]
-mod tests;
+mod self_score;
 
 pub use hashing::Hashing;
 
@@ -47,6 +46,7 @@ use attn_core::{
     softmax_scale_or_default,
 };
 use chunks::Unit;
+use self_score::SelfScore;
 
 /// Attention inside chunks of hashed and sorted tokens; see the module's formulas.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,7 +55,7 @@ pub struct Reformer {
     pub bucket_size: usize,
     /// Rounds.
     pub n_hashes: usize,
-    /// Buckets of a round, as factors that are each even; empty chooses about `n / bucket_size`, in factors of at most 64.
+    /// Buckets of a round, as factors that are each even; empty chooses about `n / bucket_size`, in factors of at most 32.
     pub n_buckets: Vec<usize>,
     /// No key after the query is attended. Not strict: see the module.
     pub causal_mask: bool,
@@ -95,6 +95,7 @@ impl Default for Reformer {
 struct Rounds {
     units: Vec<Unit>,
     n_buckets: usize,
+    self_score: SelfScore,
     /// `[batch * n_heads_q, n_hashes, n]`.
     lse: Vec<f32>,
 }
@@ -132,7 +133,7 @@ impl Reformer {
             return self.n_buckets.clone();
         }
         let wanted = n.div_ceil(self.bucket_size.max(1)).max(2) as f64;
-        let n_factors = (wanted.ln() / 64f64.ln() - 1e-9).ceil().max(1.0);
+        let n_factors = (wanted.ln() / 32f64.ln() - 1e-9).ceil().max(1.0);
         let factor = wanted.powf(1.0 / n_factors) - 1e-9;
         vec![(factor / 2.0).ceil() as usize * 2; n_factors as usize]
     }
@@ -216,7 +217,7 @@ impl Attention for Reformer {
             grouped_heads: true,
             dtypes: &DType::ALL,
             max_error: 6e-6,
-            time: Growth::Linear,
+            time: Growth::Linearithmic,
             memory: Growth::Linear,
         }
     }

@@ -71,7 +71,8 @@ impl Orders {
 
     /// The position in each slot of a round, `[n_chunks * chunk]`.
     pub(super) fn positions(&self, round: usize) -> impl Iterator<Item = i32> + '_ {
-        (0..self.n_chunks() * self.chunk).map(move |slot| self.token(round, slot).map_or(NOBODY, |t| t as i32))
+        (0..self.n_chunks() * self.chunk)
+            .map(move |slot| self.token(round, slot).map_or(NOBODY, |t| t as i32))
     }
 
     /// The position of each key row of a round, `[(n_chunks + 1) * chunk]`.

@@ -82,7 +82,8 @@ impl Backward<'_> {
             let slots = groups.slots();
             let spec = AnySpec::new(inputs.softmax_scale, &slots as &dyn Mask, &slots as &dyn ScoreMod);
             let out = View::contiguous("out", &kept.out, gathered.out())?.into();
-            let grad = OutputGrad { out: View::contiguous("grad_out", &rows, gathered.out())?.into(), lse: None };
+            let grad =
+                OutputGrad { out: View::contiguous("grad_out", &rows, gathered.out())?.into(), lse: None };
             let to = Grads::new(
                 ViewMut::contiguous("grad_q", &mut grad_q, gathered.q())?.into(),
                 ViewMut::contiguous("grad_k", &mut grad_k, gathered.k())?.into(),
@@ -95,7 +96,8 @@ impl Backward<'_> {
             for (u, unit) in units.iter().enumerate() {
                 let sums = head_sums(&mut sums_q, u, shape.n_q * d);
                 unit.places.add(&grad_q[u * n_q * d..][..n_q * d], sums, d);
-                let (grad_k, grad_v) = (&grad_k[u * n_k * d..][..n_k * d], &grad_v[u * n_k * d_v..][..n_k * d_v]);
+                let (grad_k, grad_v) =
+                    (&grad_k[u * n_k * d..][..n_k * d], &grad_v[u * n_k * d_v..][..n_k * d_v]);
                 let (places, kv) =
                     (Places::new(&unit.keys, shape.n_kv), unit.batch * shape.n_heads_kv + unit.kv_head);
                 if config.shared_qk {

@@ -3,7 +3,7 @@
 use super::Routing;
 use super::groups::{Groups, Unit};
 use super::inputs::Checked;
-use crate::sorted::rows::{BLOCK, write_entries};
+use crate::sorted::rows::{BLOCK, heads, write_entries};
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
 use attn_core::{AttnShape, OutMut, Qkv, Result, ViewMut};
@@ -41,8 +41,7 @@ pub(super) fn run(
         return Ok(Vec::new());
     }
     let (n, d_v, entries) = (shape.n_q, shape.head_dim_v, entries(&shape));
-    let heads: Vec<[usize; 2]> =
-        (0..shape.batch).flat_map(|b| (0..shape.n_heads_q).map(move |h| [b, h])).collect();
+    let heads = heads(&shape);
     let mut writer = write_entries(out);
     let mut kept = Vec::new();
     let mut means = vec![0.0; entries * n * d_v];
@@ -59,17 +58,19 @@ pub(super) fn run(
         let n_slots = inputs.clusters * inputs.windows[0];
         for (u, unit) in units.iter().enumerate() {
             let (out, lse) = (&out[u * n_slots * d_v..], &lse[u * n_slots..]);
-            means[u * n * d_v..][..n * d_v].par_chunks_mut(BLOCK * d_v).enumerate().for_each(|(block, rows)| {
-                for (i, mean) in rows.chunks_exact_mut(d_v).enumerate() {
-                    mean.fill(0.0);
-                    let token = block * BLOCK + i;
-                    for slot in seeing(unit, token, lse) {
-                        mean.iter_mut().zip(&out[slot * d_v..]).for_each(|(mean, x)| *mean += x);
+            means[u * n * d_v..][..n * d_v].par_chunks_mut(BLOCK * d_v).enumerate().for_each(
+                |(block, rows)| {
+                    for (i, mean) in rows.chunks_exact_mut(d_v).enumerate() {
+                        mean.fill(0.0);
+                        let token = block * BLOCK + i;
+                        for slot in seeing(unit, token, lse) {
+                            mean.iter_mut().zip(&out[slot * d_v..]).for_each(|(mean, x)| *mean += x);
+                        }
+                        let share = share(unit, token, lse, config.mean_eps);
+                        mean.iter_mut().for_each(|x| *x *= share);
                     }
-                    let share = share(unit, token, lse, config.mean_eps);
-                    mean.iter_mut().for_each(|x| *x *= share);
-                }
-            });
+                },
+            );
         }
         writer.write(&means[..units.len() * n * d_v]);
         if keep {

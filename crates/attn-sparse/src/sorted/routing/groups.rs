@@ -24,7 +24,12 @@ pub(super) struct Unit {
 }
 
 impl Unit {
-    pub(super) fn new(config: &Routing, x: &Qkv<'_>, inputs: &Checked<'_>, [batch, head]: [usize; 2]) -> Self {
+    pub(super) fn new(
+        config: &Routing,
+        x: &Qkv<'_>,
+        inputs: &Checked<'_>,
+        [batch, head]: [usize; 2],
+    ) -> Self {
         let shape = x.shape();
         let [queries, listed] = inputs.lists(config, x, [batch, head]);
         let mut keys = Vec::with_capacity(inputs.clusters * (inputs.n_memory + inputs.windows[1]));
@@ -61,7 +66,8 @@ impl Groups {
             n_kv: inputs.n_memory + window_k,
             ..of
         };
-        let [mut q, mut k, mut v] = [shape.q(), shape.k(), shape.v()].map(|axes| vec![0.0; axes.iter().product()]);
+        let [mut q, mut k, mut v] =
+            [shape.q(), shape.k(), shape.v()].map(|axes| vec![0.0; axes.iter().product()]);
         let (mut q_positions, mut k_positions) = (Vec::new(), Vec::new());
         let offset = of.n_kv as i32 - of.n_q as i32;
         let token = |tokens: &[i32], slot: usize| usize::try_from(tokens[slot]).ok();
@@ -80,7 +86,9 @@ impl Groups {
             for (memory, rows, width) in [(inputs.memory[0], keys, d), (inputs.memory[1], values, d_v)] {
                 let per_cluster = inputs.n_memory * width;
                 let clusters = rows.chunks_exact_mut((shape.n_kv * width).max(1));
-                for (cluster, rows) in clusters.enumerate().take(if per_cluster > 0 { inputs.clusters } else { 0 }) {
+                for (cluster, rows) in
+                    clusters.enumerate().take(if per_cluster > 0 { inputs.clusters } else { 0 })
+                {
                     let from = (unit.head * inputs.clusters + cluster) * per_cluster;
                     rows[..per_cluster].copy_from_slice(&memory[from..][..per_cluster]);
                 }

@@ -86,11 +86,15 @@ impl<'a> RoutingInputs<'a> {
                 sorted.extend(list.iter().filter(|t| **t >= 0));
                 sorted.sort_unstable();
                 if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-                    return Err(AttnError::value(name, format!("{} twice", twice[0]), "each row once a cluster"));
+                    return Err(AttnError::value(
+                        name,
+                        format!("{} twice", twice[0]),
+                        "each row once a cluster",
+                    ));
                 }
             }
         }
-        let slots = windows.map(|w| clusters.checked_mul(w + n_memory).unwrap_or(usize::MAX));
+        let slots = windows.map(|w| clusters.saturating_mul(w + n_memory));
         if slots.iter().chain(&[shape.n_q, shape.n_kv]).any(|n| *n >= i32::MAX as usize) {
             return Err(AttnError::shape("q", "n_q", shape.n_q, "fewer than 2^31 rows and slots"));
         }
@@ -123,7 +127,8 @@ impl Checked<'_> {
                 Some(index) => {
                     let mut list = index[head * len..][..len].to_vec();
                     // As numbers without sign, -1 is the last.
-                    list.chunks_exact_mut(window.max(1)).for_each(|list| list.sort_unstable_by_key(|t| *t as u32));
+                    list.chunks_exact_mut(window.max(1))
+                        .for_each(|list| list.sort_unstable_by_key(|t| *t as u32));
                     list
                 }
                 None if side == 0 => nearest(x.q(), at, means, window),

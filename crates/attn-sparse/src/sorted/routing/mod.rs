@@ -108,7 +108,12 @@ impl Routing {
     ///
     /// # Errors
     /// As [`Routing::forward_with`].
-    pub fn forward_saving_with(&self, x: Qkv<'_>, inputs: &RoutingInputs<'_>, out: OutMut<'_>) -> Result<Saved> {
+    pub fn forward_saving_with(
+        &self,
+        x: Qkv<'_>,
+        inputs: &RoutingInputs<'_>,
+        out: OutMut<'_>,
+    ) -> Result<Saved> {
         x.check_out(&out)?;
         let checked = inputs.check(self, &x)?;
         Ok(Saved::new(forward::run(self, x, &checked, out, true)?))
@@ -175,7 +180,11 @@ impl Attention for Routing {
             grouped_heads: true,
             dtypes: &DType::ALL,
             max_error: 6e-6,
-            time: Growth::SubQuadratic,
+            time: match (self.num_clusters, self.window) {
+                (None, _) => Growth::SubQuadratic,
+                (Some(_), Some(_)) => Growth::Linear,
+                (Some(_), None) => Growth::Quadratic,
+            },
             memory: Growth::Linear,
         }
     }

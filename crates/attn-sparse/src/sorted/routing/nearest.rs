@@ -1,88 +1,61 @@
 //! The tokens nearest to each centroid, one pass over blocks of tokens.
 //!
-//! A cluster keeps up to twice as many candidates as it takes; when they are full, the lower half goes, and the lowest of the
-//! rest is what a later token has to exceed.
+//! A cluster keeps the best so far ([`TopK`]); what a later token has to exceed is compared for all clusters at once.
 
+use crate::select::TopK;
 use crate::sorted::rows::normalize;
 use crate::sorted::scores::{Product, head_rows};
 use attn_core::TensorView;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use rayon::prelude::*;
-use std::cmp::Ordering;
 
 /// Clusters that a task looks for: two vectors of AVX-512.
 const CLUSTERS: usize = 32;
 /// Tokens scored at a time.
 const TOKENS: usize = 128;
 
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    score: f32,
-    token: u32,
-}
-
-impl Candidate {
-    /// Higher scores first, then lower indices.
-    fn order(&self, other: &Self) -> Ordering {
-        other.score.total_cmp(&self.score).then(self.token.cmp(&other.token))
-    }
-}
-
-/// The candidates of some clusters.
+/// The search of some clusters.
 struct Search<'a> {
-    window: usize,
     /// Rows of unit length, `[n, width]`.
     rows: &'a [f32],
     width: usize,
     /// Centroids as columns, `[width, clusters]`.
     columns: &'a [f32],
-    candidates: Vec<Vec<Candidate>>,
+    best: Vec<TopK>,
 }
 
 impl SimdOp for Search<'_> {
-    type Output = Vec<Vec<Candidate>>;
+    type Output = Vec<TopK>;
 
     #[inline(always)]
     fn eval<S: Simd>(mut self, simd: S) -> Self::Output {
-        let n_columns = self.candidates.len();
+        let n_columns = self.best.len();
         let mut scores = vec![0.0; TOKENS * n_columns];
         let mut to_exceed = vec![f32::NEG_INFINITY; n_columns];
         for (block, rows) in self.rows.chunks(TOKENS * self.width).enumerate() {
             let n_rows = rows.len() / self.width;
-            let sizes = [n_rows, n_columns, self.width];
-            Product { sizes, a: rows, b: self.columns, c: &mut scores }.eval(simd);
+            Product::new([n_rows, n_columns, self.width], rows, self.columns, &mut scores).eval(simd);
             for (i, scores) in scores.chunks_exact(n_columns).enumerate().take(n_rows) {
                 // Few tokens concern any cluster: one test without branches for all.
-                let any = scores.iter().zip(&to_exceed).fold(false, |any, (score, least)| any | (score > least));
+                let any =
+                    scores.iter().zip(&to_exceed).fold(false, |any, (score, least)| any | (score > least));
                 if any {
-                    let token = (block * TOKENS + i) as u32;
-                    self.consider(token, scores, &mut to_exceed);
+                    self.consider(block * TOKENS + i, scores, &mut to_exceed);
                 }
             }
         }
-        self.candidates
+        self.best
     }
 }
 
 impl Search<'_> {
-    fn consider(&mut self, token: u32, scores: &[f32], to_exceed: &mut [f32]) {
-        for ((&score, least), candidates) in scores.iter().zip(to_exceed).zip(&mut self.candidates) {
+    fn consider(&mut self, token: usize, scores: &[f32], to_exceed: &mut [f32]) {
+        for ((&score, least), best) in scores.iter().zip(to_exceed).zip(&mut self.best) {
             if score > *least {
-                candidates.push(Candidate { score, token });
-                if candidates.len() == 2 * self.window {
-                    keep_best(candidates, self.window);
-                    *least = candidates[self.window - 1].score;
-                }
+                best.offer(score, token);
+                *least = best.threshold();
             }
         }
-    }
-}
-
-/// Keeps the `window` best; the last of them is the lowest.
-fn keep_best(candidates: &mut Vec<Candidate>, window: usize) {
-    if candidates.len() > window {
-        candidates.select_nth_unstable_by(window - 1, Candidate::order);
-        candidates.truncate(window);
     }
 }
 
@@ -98,20 +71,20 @@ pub(super) fn nearest(rows: &TensorView<'_>, at: [usize; 2], means: &[f32], wind
     normalize(&mut unit, width);
     let isa = Isa::current();
     let mut lists = vec![-1; clusters * window];
-    lists.par_chunks_mut(CLUSTERS * window).zip(means.par_chunks(CLUSTERS * width)).for_each(|(lists, means)| {
-        let n_columns = means.len() / width;
-        let mut columns = vec![0.0; means.len()];
-        for (c, mean) in means.chunks_exact(width).enumerate() {
-            mean.iter().enumerate().for_each(|(p, x)| columns[p * n_columns + c] = *x);
-        }
-        let candidates = vec![Vec::new(); n_columns];
-        let found = isa.run(Search { window, rows: &unit, width, columns: &columns, candidates });
-        for (list, mut candidates) in lists.chunks_exact_mut(window).zip(found) {
-            keep_best(&mut candidates, window);
-            candidates.sort_unstable_by_key(|candidate| candidate.token);
-            list.iter_mut().zip(candidates).for_each(|(to, candidate)| *to = candidate.token as i32);
-        }
-    });
+    lists.par_chunks_mut(CLUSTERS * window).zip(means.par_chunks(CLUSTERS * width)).for_each(
+        |(lists, means)| {
+            let n_columns = means.len() / width;
+            let mut columns = vec![0.0; means.len()];
+            for (c, mean) in means.chunks_exact(width).enumerate() {
+                mean.iter().enumerate().for_each(|(p, x)| columns[p * n_columns + c] = *x);
+            }
+            let best = vec![TopK::new(window); n_columns];
+            let found = isa.run(Search { rows: &unit, width, columns: &columns, best });
+            for (list, mut best) in lists.chunks_exact_mut(window).zip(found) {
+                list.iter_mut().zip(best.take()).for_each(|(to, token)| *to = token as i32);
+            }
+        },
+    );
     lists
 }
 

@@ -1,140 +1,16 @@
-//! Variants that sort or cluster tokens, and their runs on named tensors.
+//! Runs of the variants that sort or cluster tokens, on named tensors.
 //!
 //! | variant | tensors besides `q`, `k`, `v`, `grad_o` |
 //! |---|---|
 //! | `reformer-lsh` | `qk` instead of `q` and `k`: shared; `rotations [head_dim, n_hashes, columns]`, or `buckets` and `buckets_k`, `[batch, heads, n_hashes, n]` |
 //! | `routing` | `means`, `mem_key`, `mem_value`, `q_index`, `k_index` |
+//! | `sinkhorn` | `sort`, `null_key`, `null_value` |
 //!
 //! Tensors `qk` and `v` may also be `[batch * heads, n, width]`. Where queries are also the keys, `k` may be absent.
 
-use crate::sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like};
-use attn_core::{AttnError, Differentiable, Family, Qkv, QkvGrads, Result};
-
-const CAUSAL_MASK: OptionSpec = OptionSpec {
-    name: "causal_mask",
-    default: "false",
-    help: "no later key is attended; not strictly causal, as groups depend on all tokens (true|false)",
-};
-
-const SHARED_QK: OptionSpec = OptionSpec {
-    name: "shared_qk",
-    default: "false",
-    help: "keys are the queries scaled to unit length, those given are not read (true|false)",
-};
-
-const SELF_LOGIT: OptionSpec = OptionSpec {
-    name: "self_logit",
-    default: "-50000",
-    help: "with shared_qk, the score of a token with itself",
-};
-
-pub(super) fn entries() -> Vec<Entry> {
-    vec![
-        Entry {
-            name: Reformer::NAME,
-            family: Family::Sparse,
-            summary: "Chunks of tokens sorted by random hashes, several rounds (Kitaev et al. 2020)",
-            options: &[
-                CAUSAL_MASK,
-                OptionSpec { name: "bucket_size", default: "64", help: "tokens of a chunk" },
-                OptionSpec { name: "n_hashes", default: "4", help: "rounds of hashing" },
-                OptionSpec {
-                    name: "n_buckets",
-                    default: "",
-                    help: "buckets of a round, or even factors as 64x64; default about n / bucket_size",
-                },
-                OptionSpec {
-                    name: "attend_across_buckets",
-                    default: "true",
-                    help: "tokens of other buckets in the same chunks are seen (true|false)",
-                },
-                OptionSpec {
-                    name: "allow_duplicate_attention",
-                    default: "true",
-                    help: "a pair that several rounds meet counts several times (true|false)",
-                },
-                SHARED_QK,
-                SELF_LOGIT,
-                OptionSpec { name: "seed", default: "0", help: "what rotations are drawn with" },
-                OptionSpec::SCALE,
-            ],
-            constructor: |options| Ok(Box::new(reformer(options)?)),
-            runner: run_reformer,
-        },
-        Entry {
-            name: Routing::NAME,
-            family: Family::Sparse,
-            summary: "Clusters of the queries and keys nearest to centroids (Roy et al. 2021)",
-            options: &[
-                CAUSAL_MASK,
-                OptionSpec {
-                    name: "num_clusters",
-                    default: "",
-                    help: "clusters; default half of sqrt(n), or as the centroids say",
-                },
-                OptionSpec {
-                    name: "window",
-                    default: "",
-                    help: "queries and keys that a cluster takes; default n / num_clusters",
-                },
-                SHARED_QK,
-                SELF_LOGIT,
-                OptionSpec {
-                    name: "mean_eps",
-                    default: "0",
-                    help: "added to the number of clusters that a query's outputs are divided by",
-                },
-                OptionSpec { name: "seed", default: "0", help: "what centroids are drawn with" },
-                OptionSpec::SCALE,
-            ],
-            constructor: |options| Ok(Box::new(routing(options)?)),
-            runner: run_routing,
-        },
-    ]
-}
-
-fn reformer(options: &Options) -> Result<Reformer> {
-    let default = Reformer::default();
-    let n_buckets = options.get::<String>("n_buckets")?.unwrap_or_default();
-    let factor = |text: &str| text.trim().parse::<usize>().ok().filter(|f| *f > 0 && f.is_multiple_of(2));
-    let factors: Option<Vec<usize>> =
-        if n_buckets.is_empty() { Some(Vec::new()) } else { n_buckets.split('x').map(factor).collect() };
-    let wrong = || {
-        AttnError::value("option `n_buckets`", format!("`{n_buckets}`"), "even factors of a number, as 64x64")
-    };
-    Ok(Reformer {
-        bucket_size: super::at_least_1(options, "bucket_size", default.bucket_size)?,
-        n_hashes: super::at_least_1(options, "n_hashes", default.n_hashes)?,
-        n_buckets: factors.ok_or_else(wrong)?,
-        causal_mask: options.get_or("causal_mask", false)?,
-        attend_across_buckets: options.get_or("attend_across_buckets", true)?,
-        allow_duplicate_attention: options.get_or("allow_duplicate_attention", true)?,
-        shared_qk: options.get_or("shared_qk", false)?,
-        self_logit: options.get_or("self_logit", default.self_logit)?,
-        seed: options.get_or("seed", 0)?,
-        softmax_scale: options.get("scale")?,
-    })
-}
-
-fn routing(options: &Options) -> Result<Routing> {
-    let positive = |name: &str| -> Result<Option<usize>> {
-        match options.get(name)? {
-            Some(0) => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
-            other => Ok(other),
-        }
-    };
-    Ok(Routing {
-        num_clusters: positive("num_clusters")?,
-        window: positive("window")?,
-        causal_mask: options.get_or("causal_mask", false)?,
-        shared_qk: options.get_or("shared_qk", false)?,
-        self_logit: options.get_or("self_logit", Routing::default().self_logit)?,
-        mean_eps: options.get_or("mean_eps", 0.0)?,
-        seed: options.get_or("seed", 0)?,
-        softmax_scale: options.get("scale")?,
-    })
-}
+use crate::sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, SinkhornGrads, SinkhornInputs};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, output_like};
+use attn_core::{AttnError, Differentiable, Qkv, QkvGrads, Result};
 
 /// The numbers of a tensor of indices.
 fn indices<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Option<&'a [i32]>> {
@@ -214,9 +90,9 @@ fn room(x: &Qkv<'_>) -> [NamedTensor; 3] {
     [x.q(), x.k(), x.v()].map(|view| NamedTensor::unwritten(&view.shape(), x.dtype()))
 }
 
-fn run_reformer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+pub(super) fn reformer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     tensors.only(entry.name, &["q", "k", "v", "qk", "rotations", "buckets", "buckets_k", "grad_o"])?;
-    let config = reformer(options)?;
+    let config = super::reformer(options)?;
     let call = Call::of(tensors, config.shared_qk)?;
     let config = Reformer { shared_qk: call.shared, ..config };
     let x = call.qkv()?;
@@ -252,10 +128,10 @@ fn run_reformer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Res
     Ok(given)
 }
 
-fn run_routing(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+pub(super) fn routing(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     let known = ["q", "k", "v", "qk", "means", "mem_key", "mem_value", "q_index", "k_index", "grad_o"];
     tensors.only(entry.name, &known)?;
-    let config = routing(options)?;
+    let config = super::routing(options)?;
     let call = Call::of(tensors, config.shared_qk)?;
     let config = Routing { shared_qk: call.shared, ..config };
     let x = call.qkv()?;
@@ -302,5 +178,52 @@ fn run_routing(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Resu
         given.0.insert(name.into(), NamedTensor { shape: axes, data: TensorData::I32(list) });
     }
     given.0.insert("o".into(), call.give(out));
+    Ok(given)
+}
+
+pub(super) fn sinkhorn(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    tensors.only(entry.name, &["q", "k", "v", "sort", "null_key", "null_value", "grad_o"])?;
+    let config = super::sinkhorn(options)?;
+    let x = tensors.qkv()?;
+    let inputs = SinkhornInputs {
+        sort: numbers(tensors, "sort")?,
+        null_key: numbers(tensors, "null_key")?,
+        null_value: numbers(tensors, "null_value")?,
+    };
+    let mut given = NamedTensors::default();
+    let mut out = output_like(&x);
+    match tensors.get("grad_o") {
+        None => config.forward_with(x, &inputs, out.as_out()?)?,
+        Some(grad_o) => {
+            let saved = config.forward_saving_with(x, &inputs, out.as_out()?)?;
+            let [mut q, mut k, mut v] = room(&x);
+            let names = ["sort", "null_key", "null_value"];
+            let mut more =
+                [inputs.sort, inputs.null_key, inputs.null_value].map(|n| n.map(|n| vec![f32::NAN; n.len()]));
+            let [sort, null_key, null_value] = &mut more;
+            let grads = SinkhornGrads {
+                qkv: QkvGrads { q: q.as_out()?, k: k.as_out()?, v: v.as_out()? },
+                sort: sort.as_deref_mut(),
+                null_key: null_key.as_deref_mut(),
+                null_value: null_value.as_deref_mut(),
+            };
+            config.backward_with(x, &inputs, out.view("o")?, &saved, grad_o.view("grad_o")?, grads)?;
+            for (name, grad) in names.into_iter().zip(more) {
+                if let Some(grad) = grad {
+                    let axes = &tensors.require(name)?.shape;
+                    given.0.insert(format!("grad.{name}"), NamedTensor::f32(name, axes, grad)?);
+                }
+            }
+            given.0.extend([("grad.q".into(), q), ("grad.k".into(), k), ("grad.v".into(), v)]);
+        }
+    }
+    if inputs.sort.is_none() {
+        let shape = x.shape();
+        let [rows, sources] = config.sort_shape(&shape);
+        let sort =
+            NamedTensor::f32("sort", &[shape.batch, shape.n_heads_q, rows, sources], config.sort(&x)?)?;
+        given.0.insert("sort".into(), sort);
+    }
+    given.0.insert("o".into(), out);
     Ok(given)
 }
