@@ -1,7 +1,9 @@
 //! The sparse variants by name.
 
+mod flex;
 mod masks;
 mod named;
+mod prefill;
 mod sorted;
 mod windows;
 
@@ -11,7 +13,10 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [masks::entries(), sorted::entries(), windows::entries()].into_iter().flatten().collect()
+    [flex::entries(), masks::entries(), prefill::entries(), sorted::entries(), windows::entries()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// The decider with the options that all have.

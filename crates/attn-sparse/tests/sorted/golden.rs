@@ -47,7 +47,7 @@ fn reformer_golden() {
             ("allow_duplicate_attention", "allow_duplicate_attention"),
             ("self_logit", "self_logit"),
         ]);
-        pairs.push(("causal", "causal_mask"));
+        pairs.push(("causal", "causal"));
         let options = options(&case, &pairs);
         let drawn = entry("reformer-lsh").run(&options, &case.inputs).unwrap();
         let found = drawn.require("buckets").unwrap();
@@ -65,7 +65,7 @@ fn routing_golden() {
         let names = [
             ("num_clusters", "num_clusters"),
             ("window", "window"),
-            ("causal", "causal_mask"),
+            ("causal", "causal"),
             ("shared_qk", "shared_qk"),
             ("self_logit", "self_logit"),
         ];

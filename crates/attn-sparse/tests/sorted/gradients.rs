@@ -52,7 +52,7 @@ fn reformer_gradients() {
     let problem = Problem::normal(shape, 8);
     let configs = [
         Reformer { bucket_size: 6, n_hashes: 3, ..Reformer::default() },
-        Reformer { bucket_size: 6, n_hashes: 2, causal_mask: true, shared_qk: true, ..Reformer::default() },
+        Reformer { bucket_size: 6, n_hashes: 2, causal: true, shared_qk: true, ..Reformer::default() },
         Reformer { bucket_size: 5, n_hashes: 2, allow_duplicate_attention: false, ..Reformer::default() },
         Reformer { bucket_size: 5, n_hashes: 1, attend_across_buckets: false, ..Reformer::default() },
     ];
@@ -72,7 +72,7 @@ fn reformer_gradients() {
             .with("bucket_size", config.bucket_size)
             .with("n_hashes", config.n_hashes)
             .with("n_buckets", 4)
-            .with("causal_mask", config.causal_mask)
+            .with("causal", config.causal)
             .with("shared_qk", config.shared_qk)
             .with("attend_across_buckets", config.attend_across_buckets)
             .with("allow_duplicate_attention", config.allow_duplicate_attention);
@@ -89,11 +89,11 @@ fn routing_gradients() {
     let shape = AttnShape { n_heads_kv: 1, head_dim_v: 3, ..AttnShape::square(2, 21, 4) };
     let problem = Problem::normal(shape, 9);
     let memory = Problem::normal(AttnShape { n_q: 2, n_kv: 2, ..AttnShape::square(6, 2, 4) }, 10);
-    for (causal_mask, shared_qk) in [(false, false), (true, false), (true, true)] {
+    for (causal, shared_qk) in [(false, false), (true, false), (true, true)] {
         let config = Routing {
             num_clusters: Some(3),
             window: Some(8),
-            causal_mask,
+            causal,
             shared_qk,
             mean_eps: 0.1,
             ..Routing::default()
@@ -111,7 +111,7 @@ fn routing_gradients() {
             tensors.0.insert(name.into(), tensor);
         }
         let options = set(&["num_clusters=3", "window=8", "mean_eps=0.1"])
-            .with("causal_mask", causal_mask)
+            .with("causal", causal)
             .with("shared_qk", shared_qk);
         let loss = |tensors: &NamedTensors, weights: &[f64]| {
             let number = |name: &str| tensors.f32(name).unwrap().map(|(_, numbers)| numbers);

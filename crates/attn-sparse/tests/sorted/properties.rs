@@ -14,11 +14,11 @@ use attn_testkit::inputs::Problem;
 fn small_groups_keep_their_promises() {
     let reformer: &[&[&str]] = &[
         &["bucket_size=8", "n_hashes=3"],
-        &["bucket_size=5", "n_hashes=2", "n_buckets=4x2x2", "causal_mask=true"],
+        &["bucket_size=5", "n_hashes=2", "n_buckets=4x2x2", "causal=true"],
         &["bucket_size=16", "n_hashes=1", "attend_across_buckets=false", "n_buckets=4"],
         &["bucket_size=7", "n_hashes=3", "allow_duplicate_attention=false"],
         &["bucket_size=40", "n_hashes=3", "allow_duplicate_attention=false", "shared_qk=true"],
-        &["bucket_size=12", "n_hashes=2", "shared_qk=true", "causal_mask=true"],
+        &["bucket_size=12", "n_hashes=2", "shared_qk=true", "causal=true"],
         &[
             "bucket_size=9",
             "n_hashes=3",
@@ -30,9 +30,9 @@ fn small_groups_keep_their_promises() {
     ];
     let routing: &[&[&str]] = &[
         &["num_clusters=3", "window=16"],
-        &["num_clusters=40", "window=5", "causal_mask=true"],
+        &["num_clusters=40", "window=5", "causal=true"],
         &["num_clusters=1"],
-        &["num_clusters=5", "window=30", "shared_qk=true", "causal_mask=true", "mean_eps=1e-5"],
+        &["num_clusters=5", "window=30", "shared_qk=true", "causal=true", "mean_eps=1e-5"],
     ];
     let sinkhorn: &[&[&str]] = &[
         &["bucket_size=8"],
@@ -66,7 +66,7 @@ fn one_group_of_everything_is_dense_attention() {
     let problem = Problem::normal(shape, 3);
     let tol = Tol::ScaledMax(4e-6);
     for causal in [false, true] {
-        let options = |pairs: &[&str]| set(pairs).with("causal_mask", causal);
+        let options = |pairs: &[&str]| set(pairs).with("causal", causal);
         let want = dense(&problem, causal);
         for rounds in ["n_hashes=1", "n_hashes=3"] {
             let got = run("reformer-lsh", &options(&["bucket_size=90", rounds]), &problem);
@@ -82,7 +82,7 @@ fn one_group_of_everything_is_dense_attention() {
     }
     let cross = Problem::normal(AttnShape { n_q: 20, ..shape }, 4);
     for causal in [false, true] {
-        let options = set(&["num_clusters=2", "window=90"]).with("causal_mask", causal);
+        let options = set(&["num_clusters=2", "window=90"]).with("causal", causal);
         assert_close("cross lengths", &run("routing", &options, &cross), &dense(&cross, causal), tol);
     }
 }
@@ -100,7 +100,7 @@ fn later_values_never_reach_earlier_rows_under_the_mask() {
         ("reformer-lsh", &["bucket_size=8"]),
         ("routing", &["num_clusters=6", "window=40"]),
     ] {
-        let options = set(pairs).with("causal_mask", true);
+        let options = set(pairs).with("causal", true);
         let (before, after) = (run(name, &options, &problem), run(name, &options, &changed));
         for (row, (a, b)) in before.chunks(8).zip(after.chunks(8)).enumerate() {
             assert!(row % 130 >= t || a == b, "{name}: row {row}");
@@ -121,7 +121,7 @@ fn a_token_attends_itself_only_where_nothing_else_is_seen() {
     let out = run("reformer-lsh", &shared, &problem);
     assert_eq!(out[20 * 8], 0.0);
     assert!(out.iter().any(|x| *x > 0.0), "others see token 20");
-    let causal = shared.with("causal_mask", true);
+    let causal = shared.with("causal", true);
     problem.v.iter_mut().enumerate().for_each(|(at, x)| *x = at as f32);
     assert_eq!(run("reformer-lsh", &causal, &problem)[..8], problem.v[..8], "the first token sees itself");
 }

@@ -6,8 +6,8 @@ use crate::sorted::{Reformer, Routing, Sinkhorn, SinkhornKind};
 use attn_core::registry::{Entry, OptionSpec, Options};
 use attn_core::{AttnError, Family, Result};
 
-const CAUSAL_MASK: OptionSpec = OptionSpec {
-    name: "causal_mask",
+const CAUSAL: OptionSpec = OptionSpec {
+    name: "causal",
     default: "false",
     help: "no later key is attended; not strictly causal, as groups depend on all tokens (true|false)",
 };
@@ -31,7 +31,7 @@ pub(super) fn entries() -> Vec<Entry> {
             family: Family::Sparse,
             summary: "Chunks of tokens sorted by random hashes, several rounds (Kitaev et al. 2020)",
             options: &[
-                CAUSAL_MASK,
+                CAUSAL,
                 OptionSpec { name: "bucket_size", default: "64", help: "tokens of a chunk" },
                 OptionSpec { name: "n_hashes", default: "4", help: "rounds of hashing" },
                 OptionSpec {
@@ -62,7 +62,7 @@ pub(super) fn entries() -> Vec<Entry> {
             family: Family::Sparse,
             summary: "Clusters of the queries and keys nearest to centroids (Roy et al. 2021)",
             options: &[
-                CAUSAL_MASK,
+                CAUSAL,
                 OptionSpec {
                     name: "num_clusters",
                     default: "",
@@ -134,7 +134,7 @@ fn reformer(options: &Options) -> Result<Reformer> {
         bucket_size: super::at_least_1(options, "bucket_size", default.bucket_size)?,
         n_hashes: super::at_least_1(options, "n_hashes", default.n_hashes)?,
         n_buckets: factors.ok_or_else(wrong)?,
-        causal_mask: options.get_or("causal_mask", false)?,
+        causal: options.get_or("causal", false)?,
         attend_across_buckets: options.get_or("attend_across_buckets", true)?,
         allow_duplicate_attention: options.get_or("allow_duplicate_attention", true)?,
         shared_qk: options.get_or("shared_qk", false)?,
@@ -154,7 +154,7 @@ fn routing(options: &Options) -> Result<Routing> {
     Ok(Routing {
         num_clusters: positive("num_clusters")?,
         window: positive("window")?,
-        causal_mask: options.get_or("causal_mask", false)?,
+        causal: options.get_or("causal", false)?,
         shared_qk: options.get_or("shared_qk", false)?,
         self_logit: options.get_or("self_logit", Routing::default().self_logit)?,
         mean_eps: options.get_or("mean_eps", 0.0)?,

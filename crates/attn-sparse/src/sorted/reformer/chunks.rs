@@ -159,7 +159,7 @@ impl<'a> Chunks<'a> {
         Slots {
             q: Lane { numbers: &self.q_positions, entry: n_q, group },
             k: Lane { numbers: &self.k_positions, entry: n_k, group },
-            causal: self.config.causal_mask,
+            causal: self.config.causal,
             self_logit: self.config.shared_qk.then_some(self.self_logit),
             buckets: self.labels.as_ref().map(|[of_q, of_k]| {
                 [Lane { numbers: of_q, entry: n_q, group }, Lane { numbers: of_k, entry: n_k, group }]

@@ -94,7 +94,7 @@ impl Pairs<'_> {
                 };
                 let same =
                     self.config.attend_across_buckets || bucket(self.q, round, i) == bucket(self.k, of, j);
-                (same && !(self.config.causal_mask && j > i)).then_some(j)
+                (same && !(self.config.causal && j > i)).then_some(j)
             })
         })
     }

@@ -58,7 +58,7 @@ pub struct Reformer {
     /// Buckets of a round, as factors that are each even; empty chooses about `n / bucket_size`, in factors of at most 32.
     pub n_buckets: Vec<usize>,
     /// No key after the query is attended. Not strict: see the module.
-    pub causal_mask: bool,
+    pub causal: bool,
     /// Whether tokens of one chunk see each other although their buckets differ.
     pub attend_across_buckets: bool,
     /// Whether a pair that several rounds meet counts several times.
@@ -80,7 +80,7 @@ impl Default for Reformer {
             bucket_size: 64,
             n_hashes: 4,
             n_buckets: Vec::new(),
-            causal_mask: false,
+            causal: false,
             attend_across_buckets: true,
             allow_duplicate_attention: true,
             shared_qk: false,
@@ -210,7 +210,7 @@ impl Attention for Reformer {
         Profile {
             family: Family::Sparse,
             target: Target::SoftmaxApproximately,
-            causality: Causality::Bidirectional,
+            causality: if self.causal { Causality::Masked } else { Causality::Bidirectional },
             convex: true,
             key_order_free: false,
             cross_lengths: false,

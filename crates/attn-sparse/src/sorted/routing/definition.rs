@@ -34,7 +34,7 @@ pub(super) fn definition(config: &Routing, x: &Qkv<'_>, inputs: &Checked<'_>) ->
                     .map(|m| (scale * dot(&wide(inputs.memory[0], m, d)), wide(inputs.memory[1], m, d_v)))
                     .collect();
                 for j in list(&lists_k, inputs.windows[1]) {
-                    if config.causal_mask && j + shape.n_q > i + shape.n_kv {
+                    if config.causal && j + shape.n_q > i + shape.n_kv {
                         continue;
                     }
                     let key = row(&keys, j, d);

@@ -98,7 +98,7 @@ impl Groups {
             k_positions.extend(unit.keys.iter().map(position));
         }
         let self_logit = config.shared_qk.then_some(config.self_logit);
-        Self { causal: config.causal_mask, self_logit, shape, q, k, v, q_positions, k_positions }
+        Self { causal: config.causal, self_logit, shape, q, k, v, q_positions, k_positions }
     }
 
     /// The sizes of the gathered problem.

@@ -50,7 +50,7 @@ pub struct Routing {
     /// Queries, and keys, that a cluster takes, at most all of them; `None` takes `n / num_clusters`.
     pub window: Option<usize>,
     /// No key after the query is attended. Not strict: see the module.
-    pub causal_mask: bool,
+    pub causal: bool,
     /// Whether keys are the queries, scaled to unit length; the keys given are then not read.
     pub shared_qk: bool,
     /// With `shared_qk`, the score of a token with itself.
@@ -69,7 +69,7 @@ impl Default for Routing {
         Self {
             num_clusters: None,
             window: None,
-            causal_mask: false,
+            causal: false,
             shared_qk: false,
             self_logit: -5e4,
             mean_eps: 0.0,
@@ -173,9 +173,9 @@ impl Attention for Routing {
         Profile {
             family: Family::Sparse,
             target: Target::SoftmaxApproximately,
-            causality: Causality::Bidirectional,
+            causality: if self.causal { Causality::Masked } else { Causality::Bidirectional },
             convex: self.mean_eps == 0.0,
-            key_order_free: !self.causal_mask && !self.shared_qk,
+            key_order_free: !self.causal && !self.shared_qk,
             cross_lengths: !self.shared_qk,
             grouped_heads: true,
             dtypes: &DType::ALL,
