@@ -9,12 +9,14 @@
 //! | [`Documents`] | its own document |
 //! | [`ExactTopK`] | the `k` keys of largest score, exactly |
 //! | [`FlexPrefill`] | columns and diagonals of blocks, or blocks by their means, by head |
+//! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
 //! | [`MInferenceBlockSparse`] | the best blocks by the means of blocks |
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`Quest`] | the pages of keys whose bounds promise the largest scores |
 //! | [`Reformer`] | keys whose hash sorts them near it, in several rounds |
 //! | [`Routing`] | the keys nearest to the centroids that it is nearest to |
 //! | [`Sinkhorn`] | its own bucket of positions, and mixtures of others |
@@ -33,7 +35,9 @@ mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod decode;
 mod longnet;
+mod memory;
 mod pairs;
 mod patterns;
 mod prefill;
@@ -47,7 +51,11 @@ mod sorted;
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use decode::{
+    EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
+};
 pub use longnet::{Branch, LongNet};
+pub use memory::Memory;
 pub use patterns::{
     BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
     LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
