@@ -5,6 +5,12 @@
 //! | [`SlidingWindow`] | keys `p - left ..= p + right` |
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
+//! | [`BigBird`] | blocks: neighbours, first and last, random ones |
+//! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
+//! | [`StridedAttention`] | a window and every `stride`-th key before (Sparse Transformer) |
+//! | [`FixedAttention`] | its own block and the last keys of the blocks before (Sparse Transformer) |
+//! | [`Neighborhood`] | a window of constant size in one, two or three dimensions |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
@@ -13,13 +19,19 @@
 mod attention;
 mod block_mask;
 mod decider;
+mod parts;
 mod patterns;
 mod registry;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
-pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
+pub use parts::{Order, Part, Parted, PartedAttention};
+pub use patterns::{
+    AxisWindow, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, FixedAttention, FixedLayout,
+    GlobalBlocks, GlobalProjections, GlobalTokens, LocalLayout, Longformer, LongformerLayout, Neighborhood,
+    ProjectedGrads, SinkWindow, SlidingWindow, StridedAttention, VariableLayout,
+};
 pub use registry::registry;
 
 /// Query heads over all batch entries.
