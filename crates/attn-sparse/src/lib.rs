@@ -2,37 +2,54 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
-//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
-//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
-//! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`BigBird`] | blocks: neighbours, first and last, random ones |
-//! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
-//! | [`StridedAttention`] | a window and every `stride`-th key before (Sparse Transformer) |
+//! | [`DilatedWindow`] | every `dilation`-th key near it |
+//! | [`Documents`] | its own document |
 //! | [`FixedAttention`] | its own block and the last keys of the blocks before (Sparse Transformer) |
+//! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
+//! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`Neighborhood`] | a window of constant size in one, two or three dimensions |
+//! | [`Padded`] | keys inside the sequence |
+//! | [`PerHead`] | by one pattern in some heads, by another in the others |
+//! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
+//! | [`StridedAttention`] | a window and every `stride`-th key before (Sparse Transformer) |
+//! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
 //! What a decider chooses is a mask, usually a [`BlockMask`].
 
+mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod pairs;
 mod parts;
 mod patterns;
 mod registry;
+mod residues;
+mod score_rule;
+pub mod select;
 
-pub use attention::SparseAttention;
+pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use parts::{Order, Part, Parted, PartedAttention};
 pub use patterns::{
-    AxisWindow, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, FixedAttention, FixedLayout,
-    GlobalBlocks, GlobalProjections, GlobalTokens, LocalLayout, Longformer, LongformerLayout, Neighborhood,
-    ProjectedGrads, SinkWindow, SlidingWindow, StridedAttention, VariableLayout,
+    AxisWindow, BidirectionalSpans, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, DilatedWindow,
+    DocumentLayout, Documents, FixedAttention, FixedLayout, GlobalBlocks, GlobalProjections, GlobalTokens,
+    HeadChoice, Intersection, LocalBuckets, LocalLayout, Longformer, LongformerLayout, Neighborhood, Padded,
+    PerHead, PrefixLm, ProjectedGrads, SinkWindow, SlidingWindow, SpanLayout, StridedAttention, Union,
+    VariableLayout,
 };
 pub use registry::registry;
+pub use residues::{Class, Residues};
+pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

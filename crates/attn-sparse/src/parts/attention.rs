@@ -14,10 +14,10 @@ use attn_flash::stream::CachedStream;
 const FEW: usize = 32;
 
 /// Softmax attention over the pairs of a [`Parted`] pattern: the same as [`SparseAttention`], part by part.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct PartedAttention<P> {
-    /// The pattern as a whole, with its scale.
-    pub whole: SparseAttention<P>,
+    /// The pattern in the order of the sequence; no sinks and no score rule, which the parts do not know.
+    whole: SparseAttention<P>,
 }
 
 /// Log-sum-exps of the merged rows.
@@ -27,6 +27,12 @@ impl<P: Parted> PartedAttention<P> {
     /// The pattern with the default scale.
     pub fn new(pattern: P) -> Self {
         Self { whole: SparseAttention::new(pattern) }
+    }
+
+    /// With another scale; `None` is `1/sqrt(head_dim)`.
+    #[must_use]
+    pub fn with_scale(self, softmax_scale: Option<f32>) -> Self {
+        Self { whole: SparseAttention { softmax_scale, ..self.whole } }
     }
 
     /// The parts of a problem that is worth cutting.

@@ -1,6 +1,8 @@
 //! The sparse variants by name.
 
 mod layouts;
+mod masks;
+mod named;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -9,12 +11,17 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [layouts::entries(), windows::entries()].into_iter().flatten().collect()
+    [layouts::entries(), masks::entries(), windows::entries()].into_iter().flatten().collect()
 }
 
 /// The decider with the options that all have.
+fn attention<D: Decider>(options: &Options, decider: D) -> Result<SparseAttention<D>> {
+    Ok(SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(decider) })
+}
+
+/// [`attention`], boxed.
 fn build<D: Decider>(options: &Options, decider: D) -> Result<Box<dyn Attention>> {
-    Ok(Box::new(SparseAttention { decider, softmax_scale: options.get("scale")? }))
+    Ok(Box::new(attention(options, decider)?))
 }
 
 /// A length that has to be positive.

@@ -35,7 +35,8 @@ impl FixedLayout {
     fn globals(&self, head: usize, n_blocks: usize) -> impl Iterator<Item = usize> + use<> {
         let (local, place, g) = (self.num_local_blocks, self.place(head), self.num_global_blocks);
         let whole = n_blocks / local;
-        let last = (n_blocks % local > 0).then(|| (whole * local + place).min(n_blocks.saturating_sub(g)));
+        let last = (!n_blocks.is_multiple_of(local))
+            .then(|| (whole * local + place).min(n_blocks.saturating_sub(g)));
         (0..whole).map(move |window| window * local + place).chain(last)
     }
 }

@@ -22,7 +22,7 @@ use crate::parts::{Order, Part, Parted};
 use crate::{Pattern, heads};
 use attn_core::mask::{Align, Band};
 use attn_core::{AttnError, AttnShape, Result, band_pairs};
-pub use mask::LongformerMask;
+use mask::LongformerMask;
 use mask::{RowEnds, Rows};
 pub use projections::{GlobalProjections, ProjectedGrads};
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use super::given::{GivenBlocks, block_mask, run};
 use super::{length, list};
 use crate::{
     BigBird, BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout,
-    SparseAttention, VariableLayout,
+    VariableLayout,
 };
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{Family, Result};
@@ -167,7 +167,7 @@ fn run_layout(
     tensors.only(entry.name, &["q", "k", "v", "grad_o", "block_mask"])?;
     let mask = block_mask(given, &tensors.qkv()?.shape(), layout.block(), layout.causal())?;
     let decider = GivenBlocks { pattern: layout, mask: Arc::new(mask) };
-    run(&SparseAttention { decider, softmax_scale: options.get("scale")? }, tensors)
+    run(&super::super::attention(options, decider)?, tensors)
 }
 
 fn checked<L: BlockLayout>(layout: L) -> Result<L> {

@@ -6,7 +6,7 @@ mod grids;
 mod strides;
 mod tokens;
 
-use crate::{Parted, PartedAttention, SparseAttention};
+use crate::{Parted, PartedAttention};
 use attn_core::registry::{Entry, Options};
 use attn_core::{Attention, AttnError, Result};
 
@@ -19,8 +19,7 @@ pub(super) fn entries() -> Vec<Entry> {
 
 /// The pattern with the options that all have, attended part by part.
 fn build_parted(options: &Options, pattern: impl Parted) -> Result<Box<dyn Attention>> {
-    let whole = SparseAttention { decider: pattern, softmax_scale: options.get("scale")? };
-    Ok(Box::new(PartedAttention { whole }))
+    Ok(Box::new(PartedAttention::new(pattern).with_scale(options.get("scale")?)))
 }
 
 /// Values separated by commas; empty without the option. Brackets around them are allowed.

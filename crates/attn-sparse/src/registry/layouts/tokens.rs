@@ -2,9 +2,7 @@
 
 use super::given::{booleans, run};
 use super::{build_parted, list};
-use crate::{
-    GlobalProjections, GlobalTokens, Longformer, PartedAttention, Pattern, ProjectedGrads, SparseAttention,
-};
+use crate::{GlobalProjections, GlobalTokens, Longformer, PartedAttention, Pattern, ProjectedGrads};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like};
 use attn_core::{AttnError, Family, Qkv, QkvGrads, Result};
 
@@ -54,7 +52,7 @@ fn run_longformer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> R
     if PROJECTED.iter().any(|name| tensors.get(name).is_some()) {
         return run_projected(&longformer, softmax_scale, tensors);
     }
-    run(&PartedAttention { whole: SparseAttention { decider: longformer, softmax_scale } }, tensors)
+    run(&PartedAttention::new(longformer).with_scale(softmax_scale), tensors)
 }
 
 fn global_tokens(tensor: &NamedTensor, n_kv: usize) -> Result<GlobalTokens> {
