@@ -11,7 +11,9 @@
 //! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
+//! | [`Axial`] | lines of a grid through it |
 //! | [`Neighborhood`] | a window of constant size in one, two or three dimensions |
+//! | [`SlidingTile`], [`Radial`], [`VideoHeads`] | tokens of a video near it in space and time |
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
@@ -41,11 +43,11 @@ pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use parts::{Order, Part, Parted, PartedAttention};
 pub use patterns::{
-    AxisWindow, BidirectionalSpans, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, DilatedWindow,
+    Axial, AxisWindow, BidirectionalSpans, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, DilatedWindow,
     DocumentLayout, Documents, FixedAttention, FixedLayout, GlobalBlocks, GlobalProjections, GlobalTokens,
     HeadChoice, Intersection, LocalBuckets, LocalLayout, Longformer, LongformerLayout, Neighborhood, Padded,
-    PerHead, PrefixLm, ProjectedGrads, SinkWindow, SlidingWindow, SpanLayout, StridedAttention, Union,
-    VariableLayout,
+    PerHead, PrefixLm, ProjectedGrads, Radial, Seen, SinkWindow, SlidingTile, SlidingWindow, SpanLayout,
+    StridedAttention, Union, VariableLayout, VideoHeads, VideoKinds,
 };
 pub use registry::registry;
 pub use residues::{Class, Residues};

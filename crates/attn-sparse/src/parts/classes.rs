@@ -19,6 +19,7 @@ pub(crate) struct Classes<M> {
 pub(crate) enum Heads {
     All,
     Even,
+    None,
     Odd,
 }
 
@@ -27,6 +28,7 @@ impl Heads {
         match self {
             Self::All => true,
             Self::Even => head.is_multiple_of(2),
+            Self::None => false,
             Self::Odd => !head.is_multiple_of(2),
         }
     }
@@ -36,6 +38,7 @@ impl Heads {
         match self {
             Self::All => n,
             Self::Even => n.div_ceil(2),
+            Self::None => 0,
             Self::Odd => n / 2,
         }
     }

@@ -1,5 +1,6 @@
 //! What every layout says of itself is what its mask does, and its parts see each pair once.
 
+use super::block_layout::Seen;
 use super::tests::check;
 use super::*;
 use crate::{BlockLayout, Parted, Pattern};
@@ -10,34 +11,41 @@ use attn_core::mask::{Head, Mask};
 fn check_parts<P: Parted + std::fmt::Debug>(pattern: P) {
     check(pattern.clone());
     for (batch, n_q, n_kv) in [(1, 40, 40), (2, 33, 33), (1, 64, 64), (1, 7, 30), (1, 30, 7)] {
-        if n_q != n_kv && !Pattern::cross_lengths(&pattern) {
-            continue;
+        if n_q == n_kv || Pattern::cross_lengths(&pattern) {
+            check_shape(&pattern, &AttnShape { batch, n_q, n_kv, ..AttnShape::square(2, 1, 4) });
         }
-        let shape = AttnShape { batch, n_q, n_kv, ..AttnShape::square(2, 1, 4) };
-        let (whole, parts) = (pattern.mask(&shape).unwrap(), pattern.parts(&shape).unwrap());
-        if parts.is_empty() {
-            continue;
-        }
-        for head in (0..batch).flat_map(|batch| (0..2).map(move |head| Head { batch, head })) {
-            let mut seen = vec![0; n_q * n_kv];
-            for part in &parts {
-                let (rows, keys) = (part.queries.rows(head.batch, n_q), part.keys.rows(head.batch, n_kv));
-                let sorted = AttnShape { n_q: rows.len(), n_kv: keys.len(), ..shape };
-                attn_testkit::masks::assert_consistent(&&*part.mask, &sorted);
-                for (i, row) in rows.iter().enumerate() {
-                    for (j, key) in keys.iter().enumerate().filter(|(j, _)| part.mask.sees(head.pair(i, *j)))
-                    {
-                        assert!(j < keys.len());
-                        seen[row * n_kv + key] += 1;
-                    }
+    }
+}
+
+fn check_shape<P: Parted + std::fmt::Debug>(pattern: &P, shape: &AttnShape) {
+    let AttnShape { batch, n_heads_q, n_q, n_kv, .. } = *shape;
+    let (whole, parts) = (pattern.mask(shape).unwrap(), pattern.parts(shape).unwrap());
+    attn_testkit::masks::assert_consistent(&whole, shape);
+    let mut pairs = 0;
+    for head in (0..batch).flat_map(|batch| (0..n_heads_q).map(move |head| Head { batch, head })) {
+        let mut seen = vec![0; n_q * n_kv];
+        for part in &parts {
+            let (rows, keys) = (part.queries.rows(head.batch, n_q), part.keys.rows(head.batch, n_kv));
+            for (i, row) in rows.iter().enumerate() {
+                for (j, key) in keys.iter().enumerate() {
+                    seen[row * n_kv + key] += usize::from(part.mask.sees(head.pair(i, j)));
                 }
             }
-            for (at, count) in seen.iter().enumerate() {
-                let (i, j) = (at / n_kv, at % n_kv);
-                let wanted = usize::from(whole.sees(head.pair(i, j)));
-                assert_eq!(*count, wanted, "{pattern:?}: pair {i}, {j} of {head:?} in {n_q} x {n_kv}");
-            }
         }
+        for (at, count) in seen.iter().enumerate() {
+            let (i, j) = (at / n_kv, at % n_kv);
+            let wanted = usize::from(whole.sees(head.pair(i, j)));
+            pairs += wanted;
+            let counted = if parts.is_empty() { wanted } else { *count };
+            assert_eq!(counted, wanted, "{pattern:?}: pair {i}, {j} of {head:?} in {n_q} x {n_kv}");
+        }
+    }
+    assert_eq!(Pattern::pairs(pattern, shape), pairs as u64, "{pattern:?} on {n_q} x {n_kv}");
+    for part in &parts {
+        let longest = |order: &crate::Order, n| (0..batch).map(|b| order.rows(b, n).len()).max().unwrap_or(0);
+        let sorted =
+            AttnShape { n_q: longest(&part.queries, n_q), n_kv: longest(&part.keys, n_kv), ..*shape };
+        attn_testkit::masks::assert_consistent(&&*part.mask, &sorted);
     }
 }
 
@@ -120,6 +128,15 @@ fn check_layout<L: BlockLayout + std::fmt::Debug>(layout: L) {
     let mask = layout.mask(&shape).unwrap();
     assert_eq!(mask.heads(), if layout.per_head() { 3 } else { 1 });
     assert_eq!(mask.n_pairs(), Pattern::pairs(&layout, &shape), "{layout:?}");
+    for (row, n_blocks) in (0..23).flat_map(|n| (0..n).map(move |row| (row, n))) {
+        let mut blocks = layout.row(1, row, n_blocks);
+        blocks.retain(|col| *col < n_blocks && (!layout.causal() || *col <= row));
+        blocks.sort_unstable();
+        blocks.dedup();
+        let (diagonal, last) = (blocks.contains(&row), blocks.contains(&(n_blocks - 1)));
+        let wanted = Seen { blocks: blocks.len(), diagonal, last };
+        assert_eq!(layout.seen(1, row, n_blocks), wanted, "{layout:?}: row {row} of {n_blocks}");
+    }
     check(layout);
 }
 
@@ -150,15 +167,17 @@ fn block_layouts() {
                     causal,
                     seed,
                 });
-                check_layout(FixedLayout {
-                    block,
-                    num_local_blocks: 4,
-                    num_global_blocks: 1 + num_random_blocks / 2,
-                    num_different_global_patterns: if different_layout_per_head { 2 } else { 1 },
-                    horizontal_global_attention: !causal,
-                    different_layout_per_head,
-                    causal,
-                });
+                for horizontal in [false, !causal] {
+                    check_layout(FixedLayout {
+                        block,
+                        num_local_blocks: 4,
+                        num_global_blocks: 1 + num_random_blocks / 2,
+                        num_different_global_patterns: if different_layout_per_head { 2 } else { 1 },
+                        horizontal_global_attention: horizontal,
+                        different_layout_per_head,
+                        causal,
+                    });
+                }
             }
             for num_global_blocks in [0, 1, 2] {
                 check_layout(BigBird {
@@ -179,4 +198,40 @@ fn block_layouts() {
             });
         }
     }
+}
+
+#[test]
+fn lines_of_grids() {
+    for causal in [false, true] {
+        for axis in [None, Some(0), Some(1)] {
+            check_parts(Axial { grid: None::<[usize; 2]>, axis, causal });
+            check_parts(Axial { grid: None::<[usize; 3]>, axis, causal });
+        }
+    }
+    let shape = AttnShape::square(1, 12, 4);
+    let wrong = |axis| Axial { grid: Some([3, 4]), axis: Some(axis), causal: false }.mask(&shape);
+    assert!(wrong(1).is_ok() && wrong(2).is_err());
+}
+
+#[test]
+fn tokens_of_videos() {
+    for (tile, window) in [([1, 1, 1], [1, 3, 5]), ([2, 3, 4], [3, 1, 2]), ([100, 2, 2], [1, 2, 9])] {
+        check_parts(SlidingTile { grid: None, tile, window });
+    }
+    for first_frame in [true, false] {
+        for frame in [1, 2, 3, 7, 16, 100] {
+            check_parts(Radial { frame, first_frame });
+            for kinds in [VideoKinds::Spatial, VideoKinds::Temporal, VideoKinds::Alternating] {
+                for (frame_window, token_window) in [(0, 0), (1, 2), (100, 1)] {
+                    check_parts(VideoHeads { frame, kinds, frame_window, token_window, first_frame });
+                }
+            }
+        }
+    }
+    // Octaves beyond the size of a frame.
+    let shape = AttnShape::square(1, 150, 4);
+    let radial = Radial { frame: 3, first_frame: true };
+    assert_eq!(radial.parts(&shape).unwrap().len(), 2);
+    check_shape(&radial, &shape);
+    check_shape(&Radial { frame: 3, first_frame: false }, &AttnShape::square(1, 149, 4));
 }

@@ -1,5 +1,6 @@
 //! Static patterns, one file each: the visible pairs follow from the shape alone.
 
+mod axial;
 mod bigbird;
 mod block_layout;
 mod chunked_causal;
@@ -24,10 +25,13 @@ mod spans;
 mod strided;
 #[cfg(test)]
 mod tests;
+mod video;
 
+pub use axial::Axial;
 pub use bigbird::BigBird;
 pub use block_layout::{
-    BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout, VariableLayout,
+    BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout, Seen,
+    VariableLayout,
 };
 pub use chunked_causal::ChunkedCausal;
 pub use compose::{Intersection, Union};
@@ -44,6 +48,7 @@ pub use sink_window::SinkWindow;
 pub use sliding_window::SlidingWindow;
 pub use spans::{BidirectionalSpans, SpanLayout};
 pub use strided::StridedAttention;
+pub use video::{Radial, SlidingTile, VideoHeads, VideoKinds};
 
 /// The power of two next above the root of `n`: a stride for which windows and strided keys are about as many.
 fn root_of(n: usize) -> usize {

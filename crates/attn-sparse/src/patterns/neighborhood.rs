@@ -65,7 +65,7 @@ impl AxisWindow {
 
     /// What index `u` of a class of `n` sees: both ends grow with `u`.
     #[inline]
-    fn window(&self, n: usize, u: usize) -> Range<usize> {
+    pub(super) fn window(&self, n: usize, u: usize) -> Range<usize> {
         let (k, s) = (self.kernel_size, self.stride);
         if self.causal {
             let leader = (u / s * s + s - 1).min(n - 1);

@@ -53,6 +53,10 @@ fn gradients_are_those_of_the_definition() {
     let plane = Neighborhood { axes: [axis(3, 2), axis(5, 1)], grid: Some([7, 10]) };
     let options = set(&["kernel_size=3,5", "dilation=2,1", "grid=7,10"]);
     check("neighborhood-2d", options, shape, &plane.mask(&shape).unwrap());
+    let radial = Radial { frame: 5, first_frame: true };
+    check("radial", set(&["frame=5"]), shape, &radial.mask(&shape).unwrap());
+    let axial = Axial { grid: Some([7, 10]), axis: None, causal: false };
+    check("axial", set(&["grid=7,10"]), shape, &axial.mask(&shape).unwrap());
     let globals = GlobalTokens::shared([3, 40]);
     let longformer = Longformer { window: 4, globals, causal: true };
     let options = set(&["window=4", "global_tokens=3,40", "causal=true"]);

@@ -15,10 +15,17 @@ fn set(pairs: &[&str]) -> Options {
 }
 
 /// Settings whose edges the defaults never reach.
-#[test]
-fn small_settings_keep_every_promise() {
+fn keep_every_promise(small: &[(&str, &[&[&str]])]) {
     let entries = registry();
-    let small: [(&str, &[&[&str]]); 12] = [
+    for (name, settings) in small {
+        let configs: Vec<Options> = settings.iter().map(|pairs| set(pairs)).collect();
+        conformance::check_with(find(&entries, name).unwrap(), &configs);
+    }
+}
+
+#[test]
+fn small_blocks_keep_every_promise() {
+    keep_every_promise(&[
         ("bigbird", &[&["block=8", "num_random_blocks=2"], &["block=5", "causal=true", "seed=7"]]),
         (
             "block-layout-bigbird",
@@ -28,39 +35,60 @@ fn small_settings_keep_every_promise() {
             "block-layout-bslongformer",
             &[&["block=8", "global_block_indices=1,3"], &["block=4", "causal=true"]],
         ),
-        (
-            "block-layout-fixed",
-            &[
-                &["block=8", "num_local_blocks=4", "horizontal_global_attention=true"],
-                &["block=4", "num_local_blocks=4", "num_global_blocks=2", "causal=true"],
-            ],
-        ),
         ("block-layout-localslidingwindow", &[&["block=8"], &["block=3", "causal=true"]]),
-        (
-            "block-layout-variable",
-            &[&["block=8", "local_window_blocks=1,3,2", "num_random_blocks=1"], &["block=4", "causal=true"]],
-        ),
+    ]);
+}
+
+#[test]
+fn small_windows_of_blocks_keep_every_promise() {
+    let fixed: [&[&str]; 2] = [
+        &["block=8", "num_local_blocks=4", "horizontal_global_attention=true"],
+        &["block=4", "num_local_blocks=4", "num_global_blocks=2", "causal=true"],
+    ];
+    let variable: [&[&str]; 2] = [
+        &["block=8", "local_window_blocks=1,3,2", "num_random_blocks=1"],
+        &["block=4", "causal=true", "global_block_end_indices=2"],
+    ];
+    keep_every_promise(&[("block-layout-fixed", &fixed), ("block-layout-variable", &variable)]);
+}
+
+#[test]
+fn small_windows_and_strides_keep_every_promise() {
+    keep_every_promise(&[
         ("longformer", &[&["window=3", "global_tokens=0,30,31"], &["window=5", "causal=true"]]),
         ("sparse-transformer-strided", &[&["stride=7"], &["stride=16", "merged=false"]]),
         (
             "sparse-transformer-fixed",
             &[&["stride=12", "summary=4"], &["stride=8", "summary=2", "merged=false"]],
         ),
-        (
-            "neighborhood-1d",
-            &[
-                &["kernel_size=5", "dilation=3"],
-                &["kernel_size=8", "stride=4"],
-                &["kernel_size=6", "causal=true", "dilation=2"],
-            ],
-        ),
+    ]);
+}
+
+#[test]
+fn small_neighbourhoods_keep_every_promise() {
+    let line: [&[&str]; 3] = [
+        &["kernel_size=5", "dilation=3"],
+        &["kernel_size=8", "stride=4"],
+        &["kernel_size=6", "causal=true", "dilation=2"],
+    ];
+    keep_every_promise(&[
+        ("neighborhood-1d", &line),
         ("neighborhood-2d", &[&["kernel_size=3,4", "dilation=2,1"], &["kernel_size=3", "causal=true"]]),
         ("neighborhood-3d", &[&["kernel_size=2,3,3"], &["kernel_size=3", "dilation=1,2,1", "stride=1,2,1"]]),
-    ];
-    for (name, settings) in small {
-        let configs: Vec<Options> = settings.iter().map(|pairs| set(pairs)).collect();
-        conformance::check_with(find(&entries, name).unwrap(), &configs);
-    }
+    ]);
+}
+
+#[test]
+fn small_grids_and_videos_keep_every_promise() {
+    keep_every_promise(&[
+        ("axial", &[&["axis=0"], &["axes=3", "causal=true"]]),
+        ("radial", &[&["frame=8"], &["frame=3", "first_frame=false"]]),
+        ("sliding-tile", &[&["tile=2,3,4", "window=1,2,3"]]),
+        (
+            "video-heads",
+            &[&["frame=8", "token_window=0"], &["frame=16", "kinds=spatial", "first_frame=false"]],
+        ),
+    ]);
 }
 
 /// Settings that cover everything give dense attention.
@@ -69,7 +97,7 @@ fn what_covers_everything_is_dense() {
     let (entries, shape) = (registry(), AttnShape { n_heads_q: 4, ..AttnShape::square(2, 60, 8) });
     let all: Vec<String> = (0..60).map(|p| p.to_string()).collect();
     let globals = format!("global_tokens={}", all.join(","));
-    let dense: [(&str, &[&str]); 13] = [
+    let dense: [(&str, &[&str]); 18] = [
         ("bigbird", &["block=20"]),
         ("bigbird", &["block=4", "num_random_blocks=15"]),
         ("block-layout-bigbird", &["block=8", "num_random_blocks=8"]),
@@ -83,8 +111,14 @@ fn what_covers_everything_is_dense() {
         ("neighborhood-1d", &["kernel_size=200", "stride=7"]),
         ("neighborhood-2d", &["kernel_size=6,10", "grid=6,10"]),
         ("neighborhood-3d", &["kernel_size=20"]),
+        ("axial", &["grid=1,60"]),
+        ("axial", &["grid=60,1", "axis=0"]),
+        ("radial", &["frame=100"]),
+        ("sliding-tile", &["tile=2,2,2", "window=100"]),
+        ("video-heads", &["frame=10", "frame_window=5", "token_window=9"]),
     ];
-    let causal: [(&str, &[&str]); 6] = [
+    let causal: [(&str, &[&str]); 7] = [
+        ("axial", &["grid=60,1", "causal=true"]),
         ("bigbird", &["block=30", "causal=true"]),
         ("longformer", &["window=59", "causal=true"]),
         ("sparse-transformer-strided", &["stride=60"]),
@@ -162,4 +196,18 @@ fn far_keys_are_found_as_defined() {
     assert!(mask.sees(HEAD.pair(last, 7)) && mask.sees(HEAD.pair(7, last)) && !mask.sees(HEAD.pair(last, 8)));
     let fixed = FixedAttention { stride: None, summary: 32, merged: true }.mask(&shape).unwrap();
     assert!(fixed.sees(HEAD.pair(last, 1023)) && !fixed.sees(HEAD.pair(last, 991)));
+}
+
+/// The window of radial attention halves whenever the distance of frames doubles.
+#[test]
+fn radial_windows_halve() {
+    let mask = Radial { frame: 16, first_frame: false }.mask(&AttnShape::square(1, 16 * 80, 4)).unwrap();
+    let seen = |distance: usize| {
+        let (row, frame) = (40 * 16 + 8, 40 - distance);
+        (0..16).filter(|place| mask.sees(HEAD.pair(row, frame * 16 + place))).count()
+    };
+    // s / P is 16, 16, 8, 8, 4, ... up to 1 at P = 16; a window of w has 2 w - 1 places, cut at the frame.
+    assert_eq!([0, 1, 2, 3, 4, 7, 8, 15, 16, 31].map(seen), [16, 16, 15, 15, 7, 7, 3, 3, 1, 1]);
+    // At P = 32, every second distance.
+    assert_eq!([32, 33, 34, 35].map(seen), [1, 0, 1, 0]);
 }

@@ -1,6 +1,6 @@
 //! Local windows of blocks, and the last blocks of every window for all.
 
-use super::BlockLayout;
+use super::{BlockLayout, Seen};
 use attn_core::{AttnError, Growth, Result};
 
 /// Windows of `num_local_blocks` blocks that see each other; `num_global_blocks` blocks of every window, its last ones in the
@@ -31,13 +31,34 @@ impl FixedLayout {
         self.num_local_blocks - (1 + pattern) * self.num_global_blocks
     }
 
+    /// Start of the run of a last, shorter window; it may reach back into the window before.
+    fn last_globals(&self, head: usize, n_blocks: usize) -> Option<usize> {
+        let whole = n_blocks / self.num_local_blocks * self.num_local_blocks;
+        let most = n_blocks.saturating_sub(self.num_global_blocks);
+        (whole < n_blocks).then(|| (whole + self.place(head)).min(most))
+    }
+
     /// Starts of the runs of global blocks.
     fn globals(&self, head: usize, n_blocks: usize) -> impl Iterator<Item = usize> + use<> {
+        let (local, place) = (self.num_local_blocks, self.place(head));
+        let last = self.last_globals(head, n_blocks);
+        (0..n_blocks / local).map(move |window| window * local + place).chain(last)
+    }
+}
+
+impl FixedLayout {
+    /// Global blocks below `block`.
+    fn globals_below(&self, head: usize, block: usize, n_blocks: usize) -> usize {
         let (local, place, g) = (self.num_local_blocks, self.place(head), self.num_global_blocks);
         let whole = n_blocks / local;
-        let last = (!n_blocks.is_multiple_of(local))
-            .then(|| (whole * local + place).min(n_blocks.saturating_sub(g)));
-        (0..whole).map(move |window| window * local + place).chain(last)
+        let of_windows = |block: usize| match block / local {
+            window if window >= whole => whole * g,
+            window => window * g + (block % local).saturating_sub(place).min(g),
+        };
+        // Of the last run, what is not in the run of the window before.
+        let last = self.last_globals(head, n_blocks);
+        let new = |b: &usize| *b < block && of_windows(b + 1) == of_windows(*b);
+        of_windows(block) + last.map_or(0, |start| (start..(start + g).min(n_blocks)).filter(new).count())
     }
 }
 
@@ -68,6 +89,21 @@ impl BlockLayout for FixedLayout {
         let end = if self.causal { row + 1 } else { n_blocks };
         let globals = self.globals(head, n_blocks).take_while(|first| *first < end);
         (window..window + self.num_local_blocks).chain(globals.flat_map(|first| first..first + g)).collect()
+    }
+
+    /// By arithmetic: rows see blocks of every window.
+    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> Seen {
+        let is_global =
+            |block| self.globals_below(head, block + 1, n_blocks) > self.globals_below(head, block, n_blocks);
+        if self.horizontal_global_attention && is_global(row) {
+            return Seen { blocks: n_blocks, diagonal: true, last: true };
+        }
+        let start = row / self.num_local_blocks * self.num_local_blocks;
+        let end = (start + self.num_local_blocks).min(if self.causal { row + 1 } else { n_blocks });
+        let below = |block| self.globals_below(head, block, n_blocks);
+        let later = if self.causal { 0 } else { below(n_blocks) - below(end) };
+        let last = end == n_blocks || !self.causal && is_global(n_blocks - 1);
+        Seen { blocks: end - start + below(start) + later, diagonal: true, last }
     }
 
     fn check(&self) -> Result<()> {

@@ -55,6 +55,16 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
     /// count once; of a causal layout, later ones are dropped.
     fn row(&self, head: usize, row: usize, n_blocks: usize) -> Vec<usize>;
 
+    /// How many different blocks [`BlockLayout::row`] gives, without the later ones of a causal layout.
+    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> Seen {
+        let mut blocks = self.row(head, row, n_blocks);
+        blocks.retain(|col| *col < n_blocks && (!self.causal() || *col <= row));
+        blocks.sort_unstable();
+        blocks.dedup();
+        let has = |block: usize| blocks.binary_search(&block).is_ok();
+        Seen { blocks: blocks.len(), diagonal: has(row), last: has(n_blocks - 1) }
+    }
+
     /// Checks the options.
     ///
     /// # Errors
@@ -67,6 +77,17 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
     fn growth(&self) -> Growth {
         Growth::Linear
     }
+}
+
+/// The blocks of a row, counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// All of them.
+    pub blocks: usize,
+    /// Whether the row's own is among them.
+    pub diagonal: bool,
+    /// Whether the last one of all is among them.
+    pub last: bool,
 }
 
 /// Positions of the queries on the key axis, those before the first key left out.
@@ -103,28 +124,26 @@ fn block_mask(layout: &impl BlockLayout, shape: &AttnShape) -> Result<BlockMask>
     })
 }
 
-/// Visible pairs, counted block by block.
+/// Visible pairs, counted block row by block row.
 fn pairs(layout: &impl BlockLayout, shape: &AttnShape) -> u64 {
     let (block, rows) = (layout.block(), positions(shape));
     if layout.check().is_err() || rows.is_empty() {
         return 0;
     }
     let (lists, n_blocks) = (lists(layout, shape), shape.n_kv.div_ceil(block));
+    let missing = n_blocks * block - shape.n_kv;
     let mut sum = 0;
-    for (list, row) in
-        (0..lists).flat_map(|list| (rows.start / block..=(rows.end - 1) / block).map(move |r| (list, r)))
-    {
-        let (first, end) = (rows.start.max(row * block), rows.end.min((row + 1) * block));
-        let mut blocks = layout.row(list, row, n_blocks);
-        blocks.retain(|col| *col < n_blocks && (!layout.causal() || *col <= row));
-        blocks.sort_unstable();
-        blocks.dedup();
-        for col in blocks {
-            let keys = ((col + 1) * block).min(shape.n_kv) - col * block;
-            sum += match layout.causal() && col == row {
-                true => (first..end).map(|p| (p - col * block + 1) as u64).sum(),
-                false => ((end - first) * keys) as u64,
-            };
+    for list in 0..lists {
+        for row in rows.start / block..=(rows.end - 1) / block {
+            let own = rows.start.max(row * block)..rows.end.min((row + 1) * block);
+            let Seen { blocks, diagonal, last } = layout.seen(list, row, n_blocks);
+            let keys = blocks * block - if last { missing } else { 0 };
+            sum += (own.len() * keys) as u64;
+            if layout.causal() && diagonal {
+                // Position p sees p - row * block + 1 keys of its own block, not all.
+                let whole = ((row + 1) * block).min(shape.n_kv);
+                sum -= own.map(|p| (whole - p - 1) as u64).sum::<u64>();
+            }
         }
     }
     sum * (shape.batch * shape.n_heads_q / lists) as u64

@@ -1,7 +1,7 @@
-//! Neighbourhoods.
+//! Neighbourhoods and lines.
 
 use super::{build_parted, lengths, list, per_axis};
-use crate::{AxisWindow, Neighborhood, Pattern};
+use crate::{Axial, AxisWindow, Neighborhood, Pattern};
 use attn_core::registry::{Entry, OptionSpec, Options, run_qkv};
 use attn_core::{Attention, AttnError, Family, Result};
 
@@ -20,7 +20,7 @@ const CAUSAL: OptionSpec = OptionSpec {
     default: "false",
     help: "nothing after the query along the axis, one for all axes or by commas (true|false)",
 };
-const GRID: OptionSpec = OptionSpec {
+pub(super) const GRID: OptionSpec = OptionSpec {
     name: "grid",
     default: "",
     help: "lengths of the axes, by commas; default the closest to a cube that n_kv positions fill",
@@ -28,6 +28,28 @@ const GRID: OptionSpec = OptionSpec {
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![
+        Entry {
+            name: <Axial<2> as Pattern>::NAME,
+            family: Family::Sparse,
+            summary: "The lines of a grid that meet in the query (Ho et al. 2019)",
+            options: &[
+                OptionSpec { name: "axes", default: "2", help: "axes of the grid (2|3)" },
+                OptionSpec { name: "axis", default: "", help: "the one axis attended along; default all" },
+                OptionSpec {
+                    name: "causal",
+                    default: "false",
+                    help: "no later position of the line (true|false)",
+                },
+                GRID,
+                OptionSpec::SCALE,
+            ],
+            constructor: |options| match options.get_or("axes", 2)? {
+                2 => axial::<2>(options),
+                3 => axial::<3>(options),
+                other => Err(AttnError::value("option `axes`", other, "2 or 3")),
+            },
+            runner: run_qkv,
+        },
         Entry {
             name: <Neighborhood<1> as Pattern>::NAME,
             family: Family::Sparse,
@@ -100,6 +122,15 @@ fn neighborhood<const D: usize>(options: &Options, kernel_size: usize) -> Result
     };
     let grid = if D == 1 { None } else { grid::<D>(options)? };
     build_parted(options, Neighborhood { axes: std::array::from_fn(axis), grid })
+}
+
+fn axial<const D: usize>(options: &Options) -> Result<Box<dyn Attention>> {
+    let axis = options.get("axis")?;
+    if let Some(axis) = axis.filter(|axis| *axis >= D) {
+        return Err(AttnError::value("option `axis`", axis, format!("below the {D} axes")));
+    }
+    let causal = options.get_or("causal", false)?;
+    build_parted(options, Axial { grid: grid::<D>(options)?, axis, causal })
 }
 
 /// The lengths of the axes, if they are given.

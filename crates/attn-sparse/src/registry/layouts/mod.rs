@@ -5,13 +5,14 @@ mod given;
 mod grids;
 mod strides;
 mod tokens;
+mod videos;
 
 use crate::{Parted, PartedAttention};
 use attn_core::registry::{Entry, Options};
 use attn_core::{Attention, AttnError, Result};
 
 pub(super) fn entries() -> Vec<Entry> {
-    [blocks::entries(), grids::entries(), strides::entries(), tokens::entries()]
+    [blocks::entries(), grids::entries(), strides::entries(), tokens::entries(), videos::entries()]
         .into_iter()
         .flatten()
         .collect()
