@@ -1,6 +1,6 @@
 //! What every layout says of itself is what its mask does, and its parts see each pair once.
 
-use super::block_layout::Seen;
+use super::block_layout::SeenBlocks;
 use super::tests::check;
 use super::*;
 use crate::{BlockLayout, Parted, Pattern};
@@ -134,7 +134,7 @@ fn check_layout<L: BlockLayout + std::fmt::Debug>(layout: L) {
         blocks.sort_unstable();
         blocks.dedup();
         let (diagonal, last) = (blocks.contains(&row), blocks.contains(&(n_blocks - 1)));
-        let wanted = Seen { blocks: blocks.len(), diagonal, last };
+        let wanted = SeenBlocks { blocks: blocks.len(), diagonal, last };
         assert_eq!(layout.seen(1, row, n_blocks), wanted, "{layout:?}: row {row} of {n_blocks}");
     }
     check(layout);

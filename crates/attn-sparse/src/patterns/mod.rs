@@ -30,10 +30,11 @@ mod video;
 pub use axial::Axial;
 pub use bigbird::BigBird;
 pub use block_layout::{
-    BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout, Seen,
+    BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout, SeenBlocks,
     VariableLayout,
 };
 pub use chunked_causal::ChunkedCausal;
+pub(crate) use chunked_causal::SameChunk;
 pub use compose::{Intersection, Union};
 pub use dilated_window::DilatedWindow;
 pub use documents::{DocumentLayout, Documents};

@@ -1,8 +1,10 @@
 //! The sparse variants by name.
 
+mod flex;
 mod layouts;
 mod masks;
 mod named;
+mod prefill;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -11,7 +13,10 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [layouts::entries(), masks::entries(), windows::entries()].into_iter().flatten().collect()
+    [flex::entries(), layouts::entries(), masks::entries(), prefill::entries(), windows::entries()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// The decider with the options that all have.

@@ -1,6 +1,6 @@
 //! Local windows of blocks, and the last blocks of every window for all.
 
-use super::{BlockLayout, Seen};
+use super::{BlockLayout, SeenBlocks};
 use attn_core::{AttnError, Growth, Result};
 
 /// Windows of `num_local_blocks` blocks that see each other; `num_global_blocks` blocks of every window, its last ones in the
@@ -92,18 +92,18 @@ impl BlockLayout for FixedLayout {
     }
 
     /// By arithmetic: rows see blocks of every window.
-    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> Seen {
+    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> SeenBlocks {
         let is_global =
             |block| self.globals_below(head, block + 1, n_blocks) > self.globals_below(head, block, n_blocks);
         if self.horizontal_global_attention && is_global(row) {
-            return Seen { blocks: n_blocks, diagonal: true, last: true };
+            return SeenBlocks { blocks: n_blocks, diagonal: true, last: true };
         }
         let start = row / self.num_local_blocks * self.num_local_blocks;
         let end = (start + self.num_local_blocks).min(if self.causal { row + 1 } else { n_blocks });
         let below = |block| self.globals_below(head, block, n_blocks);
         let later = if self.causal { 0 } else { below(n_blocks) - below(end) };
         let last = end == n_blocks || !self.causal && is_global(n_blocks - 1);
-        Seen { blocks: end - start + below(start) + later, diagonal: true, last }
+        SeenBlocks { blocks: end - start + below(start) + later, diagonal: true, last }
     }
 
     fn check(&self) -> Result<()> {

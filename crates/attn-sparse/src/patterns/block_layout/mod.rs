@@ -56,13 +56,13 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
     fn row(&self, head: usize, row: usize, n_blocks: usize) -> Vec<usize>;
 
     /// How many different blocks [`BlockLayout::row`] gives, without the later ones of a causal layout.
-    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> Seen {
+    fn seen(&self, head: usize, row: usize, n_blocks: usize) -> SeenBlocks {
         let mut blocks = self.row(head, row, n_blocks);
         blocks.retain(|col| *col < n_blocks && (!self.causal() || *col <= row));
         blocks.sort_unstable();
         blocks.dedup();
         let has = |block: usize| blocks.binary_search(&block).is_ok();
-        Seen { blocks: blocks.len(), diagonal: has(row), last: has(n_blocks - 1) }
+        SeenBlocks { blocks: blocks.len(), diagonal: has(row), last: has(n_blocks - 1) }
     }
 
     /// Checks the options.
@@ -81,7 +81,7 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
 
 /// The blocks of a row, counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
+pub struct SeenBlocks {
     /// All of them.
     pub blocks: usize,
     /// Whether the row's own is among them.
@@ -136,7 +136,7 @@ fn pairs(layout: &impl BlockLayout, shape: &AttnShape) -> u64 {
     for list in 0..lists {
         for row in rows.start / block..=(rows.end - 1) / block {
             let own = rows.start.max(row * block)..rows.end.min((row + 1) * block);
-            let Seen { blocks, diagonal, last } = layout.seen(list, row, n_blocks);
+            let SeenBlocks { blocks, diagonal, last } = layout.seen(list, row, n_blocks);
             let keys = blocks * block - if last { missing } else { 0 };
             sum += (own.len() * keys) as u64;
             if layout.causal() && diagonal {
