@@ -13,6 +13,7 @@
 //! | [`FixedAttention`] | its own block and the last keys of the blocks before (Sparse Transformer) |
 //! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
 //! | [`FlexPrefill`] | columns and diagonals of blocks, or blocks by their means, by head |
+//! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
@@ -21,6 +22,7 @@
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`Quest`] | the pages of keys whose bounds promise the largest scores |
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`SlidingTile`], [`Radial`], [`VideoHeads`] | tokens of a video near it in space and time |
 //! | [`SlidingWindow`] | keys `p - left ..= p + right` |
@@ -38,7 +40,9 @@ mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod decode;
 mod longnet;
+mod memory;
 mod pairs;
 mod parts;
 mod patterns;
@@ -52,7 +56,11 @@ pub mod select;
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use decode::{
+    EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
+};
 pub use longnet::{Branch, LongNet};
+pub use memory::Memory;
 pub use parts::{Order, Part, Parted, PartedAttention};
 pub use patterns::{
     Axial, AxisWindow, BidirectionalSpans, BigBird, BigBirdLayout, BlockLayout, ChunkedCausal, DilatedWindow,

@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod decode;
 mod flex;
 mod layouts;
 mod masks;
@@ -13,10 +14,17 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [flex::entries(), layouts::entries(), masks::entries(), prefill::entries(), windows::entries()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        decode::entries(),
+        flex::entries(),
+        layouts::entries(),
+        masks::entries(),
+        prefill::entries(),
+        windows::entries(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The decider with the options that all have.
