@@ -2,6 +2,7 @@
 
 mod decode;
 mod flex;
+mod layouts;
 mod masks;
 mod named;
 mod prefill;
@@ -17,6 +18,7 @@ pub fn registry() -> Vec<Entry> {
     [
         decode::entries(),
         flex::entries(),
+        layouts::entries(),
         masks::entries(),
         prefill::entries(),
         sorted::entries(),
