@@ -1,9 +1,12 @@
 //! The sparse variants by name.
 
+mod decode;
 mod flex;
+mod layouts;
 mod masks;
 mod named;
 mod prefill;
+mod sorted;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -12,7 +15,18 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [flex::entries(), masks::entries(), prefill::entries(), windows::entries()].into_iter().flatten().collect()
+    [
+        decode::entries(),
+        flex::entries(),
+        layouts::entries(),
+        masks::entries(),
+        prefill::entries(),
+        sorted::entries(),
+        windows::entries(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The decider with the options that all have.
