@@ -102,7 +102,13 @@ fn rows_apart(c: &mut Criterion) {
             forward(c, &name, &tokens, &problem, Setting::threads(threads));
         }
         if n < 65536 {
-            backward(c, &format!("backward 64 keys a query, {group} heads"), &tokens, &problem, Setting::threads(1));
+            backward(
+                c,
+                &format!("backward 64 keys a query, {group} heads"),
+                &tokens,
+                &problem,
+                Setting::threads(1),
+            );
         }
     }
 }

@@ -36,6 +36,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     draw(folder, &shape, Padded { lengths: vec![n - n / 4], causal: true })?;
     let wide = SlidingWindow::causal(part(2));
     draw(folder, &shape, Union(DilatedWindow::new(part(4), 4, true), SlidingWindow::causal(part(16))))?;
-    draw(folder, &shape, Intersection(LocalBuckets { bucket: part(4), back: 1, forward: 0, causal: true }, wide))?;
+    draw(
+        folder,
+        &shape,
+        Intersection(LocalBuckets { bucket: part(4), back: 1, forward: 0, causal: true }, wide),
+    )?;
     Ok(())
 }

@@ -78,7 +78,8 @@ impl Mass<'_> {
             }
         }
         let max = keys.iter().fold(f64::NEG_INFINITY, |max, key| max.max(key.0));
-        let weight = |key: &(f64, usize, bool)| if max == f64::NEG_INFINITY { 0.0 } else { (key.0 - max).exp() };
+        let weight =
+            |key: &(f64, usize, bool)| if max == f64::NEG_INFINITY { 0.0 } else { (key.0 - max).exp() };
         let total: f64 = keys.iter().map(weight).sum();
         let chosen: f64 = keys.iter().filter(|key| key.2).map(weight).sum();
         let n_chosen = keys.iter().filter(|key| key.2).count();

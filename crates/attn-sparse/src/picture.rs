@@ -165,7 +165,8 @@ fn colour_of(share: f64) -> u32 {
     let (pale, dark) = ([0xc6, 0xdb, 0xef], [0x08, 0x30, 0x6b]);
     // Steps that the eye can tell apart; full cells alone have the last one.
     let step = if share >= 1.0 { 1.0 } else { (share * 8.0).floor() / 10.0 };
-    let mix = |c: usize| (f64::from(pale[c]) + step * (f64::from(dark[c]) - f64::from(pale[c]))).round() as u32;
+    let mix =
+        |c: usize| (f64::from(pale[c]) + step * (f64::from(dark[c]) - f64::from(pale[c]))).round() as u32;
     mix(0) << 16 | mix(1) << 8 | mix(2)
 }
 

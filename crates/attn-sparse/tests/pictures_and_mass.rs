@@ -88,7 +88,13 @@ fn weighted(weights: &[f32]) -> (Vec<f32>, Vec<f32>) {
     (vec![1.0], weights.iter().map(|weight| weight.ln()).collect())
 }
 
-fn measure(q: &[f32], k: &[f32], all: &dyn Mask, chosen: &dyn Mask, top_k: Option<usize>) -> attn_sparse::RowMass {
+fn measure(
+    q: &[f32],
+    k: &[f32],
+    all: &dyn Mask,
+    chosen: &dyn Mask,
+    top_k: Option<usize>,
+) -> attn_sparse::RowMass {
     let v = vec![0.0; k.len()];
     let view = |name, data| View::contiguous(name, data, [1, 1, k.len(), 1]).unwrap();
     let x = Qkv::new(View::contiguous("q", q, [1, 1, 1, 1]).unwrap(), view("k", k), view("v", &v)).unwrap();

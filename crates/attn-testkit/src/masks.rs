@@ -68,7 +68,9 @@ fn check_rows(mask: &impl Mask, head: Head, rows: Range<usize>, n_kv: usize) -> 
         let keys = || spans.iter().cloned().flatten();
         let mut pairs = rows.clone().flat_map(|i| keys().map(move |j| (i, j)));
         if let Some((i, j)) = pairs.find(|&(i, j)| !mask.sees(head.pair(i, j))) {
-            return Err(format!("rows {rows:?} are said to see their spans, but row {i} does not see key {j}"));
+            return Err(format!(
+                "rows {rows:?} are said to see their spans, but row {i} does not see key {j}"
+            ));
         }
     }
     for block_kv in [1, 3, 16, n_kv] {

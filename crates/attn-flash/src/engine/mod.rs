@@ -9,6 +9,7 @@
 //! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged.
 //! Results do not depend on the number of threads: a task's arithmetic is fixed by its position alone.
 
+mod ahead;
 mod any;
 mod backward;
 mod block;
@@ -23,6 +24,7 @@ mod panel;
 mod problem;
 mod rows;
 mod tasks;
+mod tile;
 
 use crate::tiles::TileSizes;
 pub use any::{AnySpec, attend_any, attend_backward_any, attend_backward_from_delta_any};

@@ -90,15 +90,7 @@ fn apart(shape: &AttnShape) -> Option<TileSizes> {
 }
 
 fn shape(group: usize, n_q: usize, n_kv: usize) -> AttnShape {
-    AttnShape {
-        batch: 2,
-        n_heads_q: 2 * group,
-        n_heads_kv: 2,
-        n_q,
-        n_kv,
-        head_dim: 9,
-        head_dim_v: 5,
-    }
+    AttnShape { batch: 2, n_heads_q: 2 * group, n_heads_kv: 2, n_q, n_kv, head_dim: 9, head_dim_v: 5 }
 }
 
 #[test]
@@ -217,7 +209,8 @@ fn half_types_round_once() {
         let spec = Spec { tiles: apart(s), ..spec(&lists, &Unchanged) };
         let mut out = vec![bf16::NAN; s.out().iter().product()];
         let mut lse = vec![f32::NAN; s.rows()];
-        let view = |name, data| View::contiguous(name, data, if name == "q" { s.q() } else { s.k() }).unwrap();
+        let view =
+            |name, data| View::contiguous(name, data, if name == "q" { s.q() } else { s.k() }).unwrap();
         let v_view = View::contiguous("v", &v, s.v()).unwrap();
         let x = Qkv::new(view("q", &q), view("k", &k), v_view).unwrap();
         let mut wide_out = vec![f32::NAN; out.len()];

@@ -84,10 +84,17 @@ impl BlockMask {
             ("n_kv", a.n_kv, b.n_kv),
         ];
         if let Some((axis, expected, found)) = axes.into_iter().find(|(_, a, b)| a != b) {
-            return Err(AttnError::shape("other block mask", axis, found, format!("{expected}, as in the first")));
+            return Err(AttnError::shape(
+                "other block mask",
+                axis,
+                found,
+                format!("{expected}, as in the first"),
+            ));
         }
-        let sizes =
-            BlockSizes { q: divisor(self.sizes.q, other.sizes.q), kv: divisor(self.sizes.kv, other.sizes.kv) };
+        let sizes = BlockSizes {
+            q: divisor(self.sizes.q, other.sizes.q),
+            kv: divisor(self.sizes.kv, other.sizes.kv),
+        };
         let heads = self.heads / divisor(self.heads, other.heads) * other.heads;
         let group = self.shape.n_heads_q / heads.max(1);
         let joined = Joined { a: self.clone(), b: other.clone(), op };

@@ -24,9 +24,8 @@ impl BlockMask {
     /// [`AttnError::Layout`] if the format cannot hold it.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let s = &self.shape;
-        let wide = |numbers: &[usize]| {
-            numbers.iter().flat_map(|x| (*x as u64).to_le_bytes()).collect::<Vec<u8>>()
-        };
+        let wide =
+            |numbers: &[usize]| numbers.iter().flat_map(|x| (*x as u64).to_le_bytes()).collect::<Vec<u8>>();
         let shape = wide(&[s.batch, s.n_heads_q, s.n_heads_kv, s.n_q, s.n_kv, s.head_dim, s.head_dim_v]);
         let (sizes, lists) = (wide(&[self.sizes.q, self.sizes.kv]), wide(&[self.batch, self.heads]));
         let row_ptr = wide(&self.row_ptr);

@@ -140,7 +140,8 @@ fn both_and_either_of_two_masks_see_what_they_say() {
         let s = heads_shape(n_q, n_kv);
         for sizes in [BlockSizes::square(4), BlockSizes { q: 2, kv: 6 }, BlockSizes { q: 3, kv: 5 }] {
             let (a, b) = (windows(&s, BlockSizes::square(4), 9), windows(&s, sizes, 5));
-            let full = Builder::new(&s, sizes).from_rows(|_, _, row| vec![row % n_kv.div_ceil(sizes.kv)]).unwrap();
+            let full =
+                Builder::new(&s, sizes).from_rows(|_, _, row| vec![row % n_kv.div_ceil(sizes.kv)]).unwrap();
             for (a, b) in [(&a, &b), (&b, &a), (&a, &full), (&full, &full)] {
                 check(&a.and(b).unwrap(), |p| a.sees(p) && b.sees(p));
                 check(&a.or(b).unwrap(), |p| a.sees(p) || b.sees(p));
@@ -230,7 +231,8 @@ fn statistics_count_pairs_and_blocks() {
 fn spans_that_are_seen_are_said_to_be() {
     let s = shape(8, 12);
     let lists = [vec![0, 2], vec![0, 2], vec![1], vec![]];
-    let mask = Builder::new(&s, BlockSizes { q: 2, kv: 3 }).from_rows(|_, _, row| lists[row].clone()).unwrap();
+    let mask =
+        Builder::new(&s, BlockSizes { q: 2, kv: 3 }).from_rows(|_, _, row| lists[row].clone()).unwrap();
     assert!(mask.sees_spans(HEAD, 0..4) && mask.sees_spans(HEAD, 5..6) && mask.sees_spans(HEAD, 6..8));
     assert!(!mask.sees_spans(HEAD, 3..5) && !mask.sees_spans(HEAD, 5..7));
     let band = Arc::new(Band::causal(&s, Align::BottomRight));

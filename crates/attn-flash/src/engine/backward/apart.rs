@@ -13,6 +13,7 @@
 //!
 //! Memory: f32 sums of the keys of one head, and the pairs of one batch of rows.
 
+use super::scatter::{Pairs, Scatter, Share};
 use super::{Pass, RowState};
 use crate::engine::chunks::for_each_chunk;
 use crate::engine::few::groups::Groups;
@@ -22,7 +23,7 @@ use crate::engine::rows::HeadRows;
 use attn_core::mask::{Head, Mask};
 use attn_core::parallel::for_each_task;
 use attn_core::score::ScoreMod;
-use attn_core::simd::{Isa, Simd, SimdBase, SimdFloat, SimdOp};
+use attn_core::simd::{Isa, Simd, SimdBase, SimdOp};
 use attn_core::tile::exp2;
 use attn_core::view::Rows;
 use attn_core::{OutMut, OutRows};
@@ -38,48 +39,11 @@ const SHARES: usize = 32;
 /// ... each of at least so many.
 const SHARE: usize = 128;
 
-/// Some rows of a head and their pairs.
-#[derive(Default)]
-struct Pairs {
-    /// `[rows, shares + 1]`: where the pairs of a row with the keys of each share start, and where the last ones end.
-    bounds: Vec<usize>,
-    keys: Vec<u32>,
-    weights: Vec<f32>,
-    /// Gradients of the scaled dot products, times the scale.
-    grads: Vec<f32>,
-    /// Gradients of the scores, for the key bias; empty if nobody asks.
-    sums: Vec<f32>,
-    /// `[rows, head_dim]` and `[rows, head_dim_v]`.
-    q: Vec<f32>,
-    grad_out: Vec<f32>,
-}
-
-impl Pairs {
-    fn clear(&mut self) {
-        self.bounds.clear();
-        self.keys.clear();
-        self.weights.clear();
-        self.grads.clear();
-        self.sums.clear();
-        self.q.clear();
-        self.grad_out.clear();
-    }
-}
-
-/// Gradients of some keys of a head.
-struct Share<'a> {
-    /// Its place among the shares of the sequence.
-    place: usize,
-    keys: Range<usize>,
-    grad_k: Vec<f32>,
-    grad_v: Vec<f32>,
-    sums: Vec<f32>,
-    out_k: OutRows<'a>,
-    out_v: OutRows<'a>,
-}
-
 /// Cuts the length axis of each sequence.
-fn cut(sequences: impl Iterator<Item = Range<usize>>, size: impl Fn(usize) -> usize) -> Vec<Vec<Range<usize>>> {
+fn cut(
+    sequences: impl Iterator<Item = Range<usize>>,
+    size: impl Fn(usize) -> usize,
+) -> Vec<Vec<Range<usize>>> {
     let pieces = |all: Range<usize>| {
         let (size, end) = (size(all.len()), all.end);
         all.step_by(size).map(|first| first..(first + size).min(end)).collect()
@@ -89,12 +53,7 @@ fn cut(sequences: impl Iterator<Item = Range<usize>>, size: impl Fn(usize) -> us
 
 impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
     /// Writes the gradients of q, k and v; `key_sums [batch, n_heads_kv, n_kv]` those of the key bias, or empty.
-    pub(super) fn run_apart(
-        &self,
-        state: RowState<'_>,
-        [q, k, v]: [OutMut<'_>; 3],
-        key_sums: &mut [f32],
-    ) {
+    pub(super) fn run_apart(&self, state: RowState<'_>, [q, k, v]: [OutMut<'_>; 3], key_sums: &mut [f32]) {
         let (problem, shape) = (self.problem, self.problem.shape());
         let packed = problem.is_packed();
         let of_entry = if packed { problem.n_sequences() } else { shape.batch.min(1) };
@@ -125,7 +84,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                         let keys = keys.start - kv_start..keys.end - kv_start;
                         Some(Share { place: at, keys, grad_k, grad_v, sums, out_k, out_v })
                     };
-                    let mut of_keys: Vec<Share<'_>> = shares.iter().enumerate().filter_map(&mut take).collect();
+                    let mut of_keys: Vec<Share<'_>> =
+                        shares.iter().enumerate().filter_map(&mut take).collect();
                     let ends: Vec<usize> = of_keys.iter().map(|share| share.keys.end).collect();
                     let group = shape.group_size();
                     let heads = kv_head * group..(kv_head + 1) * group;
@@ -150,7 +110,16 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                             || Scratch::new(self),
                             |scratch, ((head, rows, out), pairs)| {
                                 let ends = &ends;
-                                isa.run(RowPairs { pass: self, state, head, rows, ends, out, pairs, scratch });
+                                isa.run(RowPairs {
+                                    pass: self,
+                                    state,
+                                    head,
+                                    rows,
+                                    ends,
+                                    out,
+                                    pairs,
+                                    scratch,
+                                });
                             },
                         );
                         let pairs = &kept[..n_tasks];
@@ -273,11 +242,8 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for RowPairs<'_, '_, M, C> {
             grad_q.fill(0.0);
             let (lse, delta) = (state.lse[first + i], state.delta[first + i]);
             // A row that sees nothing has no pairs.
-            let spans = if lse == f32::NEG_INFINITY {
-                Vec::new()
-            } else {
-                spec.mask.spans(head, i..i + 1, n_kv)
-            };
+            let spans =
+                if lse == f32::NEG_INFINITY { Vec::new() } else { spec.mask.spans(head, i..i + 1, n_kv) };
             let all_seen = spec.mask.sees_spans(head, i..i + 1);
             q.fill(0.0);
             q[..d].copy_from_slice(&pairs.q[at * d..][..d]);
@@ -362,51 +328,5 @@ fn weigh<S: Simd>(simd: S, n: usize, [scores, dp, slopes]: [&mut [f32]; 3], lse:
         (grad * of(slopes)).store_slice(&mut dp[at..at + width]);
         grad.store_slice(&mut slopes[at..at + width]);
         weight.store_slice(&mut scores[at..at + width]);
-    }
-}
-
-/// Adds what the pairs of some rows give to the keys of a share, row by row.
-struct Scatter<'a, 'b> {
-    share: &'a mut Share<'b>,
-    pairs: &'a [Pairs],
-    n_shares: usize,
-    widths: [usize; 2],
-}
-
-impl SimdOp for Scatter<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let Self { share, pairs, n_shares, widths: [d, d_v] } = self;
-        let Share { place, keys, grad_k, grad_v, sums, .. } = share;
-        for pairs in pairs {
-            for (row, bounds) in pairs.bounds.chunks_exact(n_shares + 1).enumerate() {
-                let (first, end) = (bounds[*place], bounds[*place + 1]);
-                let (q, grad_out) = (&pairs.q[row * d..][..d], &pairs.grad_out[row * d_v..][..d_v]);
-                for pair in first..end {
-                    let key = pairs.keys[pair] as usize - keys.start;
-                    add_scaled(simd, &mut grad_k[key * d..][..d], pairs.grads[pair], q);
-                    add_scaled(simd, &mut grad_v[key * d_v..][..d_v], pairs.weights[pair], grad_out);
-                    if let Some(sum) = sums.get_mut(key) {
-                        *sum += pairs.sums[pair];
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// `sum += factor * row`.
-#[inline(always)]
-fn add_scaled<S: Simd>(simd: S, sum: &mut [f32], factor: f32, row: &[f32]) {
-    let width = S::f32s::LEN;
-    let wide = S::f32s::splat(simd, factor);
-    let (mut sums, mut rows) = (sum.chunks_exact_mut(width), row.chunks_exact(width));
-    for (sum, row) in (&mut sums).zip(&mut rows) {
-        S::f32s::from_slice(simd, row).mul_add(wide, S::f32s::from_slice(simd, sum)).store_slice(sum);
-    }
-    for (sum, x) in sums.into_remainder().iter_mut().zip(rows.remainder()) {
-        *sum += factor * x;
     }
 }

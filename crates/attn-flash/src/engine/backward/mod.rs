@@ -26,7 +26,9 @@ mod blocks;
 mod delta;
 mod meeting;
 mod queries;
+mod scatter;
 mod schedule;
+mod sizes;
 mod sums;
 mod tile;
 mod weights;
@@ -41,9 +43,8 @@ use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, TensorView, check_lse};
 use blocks::{Cut, KeyBlock, RowBlock, Whole};
-use std::ops::Range;
-use weights::LANES;
 use meeting::{Meeting, Workspace};
+use sizes::Tiles;
 use std::sync::{Mutex, PoisonError};
 use sums::Sums;
 
@@ -222,64 +223,6 @@ fn check<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         return Err(AttnError::unsupported("the backward pass", "a score mod without derivative"));
     }
     Ok(())
-}
-
-/// Block sizes.
-#[derive(Debug, Clone, Copy)]
-struct Tiles {
-    /// Keys of a tile.
-    block_kv: usize,
-    /// Keys whose rows and gradients stay in the second-level cache while queries pass by.
-    span: usize,
-    /// How many times larger blocks are where few of their pairs are seen: what a meeting costs beside its pairs is then worth
-    /// it again.
-    spread: usize,
-}
-
-/// Blocks of rows of which the mask is asked how much they see.
-const SAMPLES: usize = 8;
-
-/// The share of the keys in the spans of some rows, evenly spread over heads and sequences.
-fn share_seen<M: Mask + ?Sized>(problem: &Problem<'_>, mask: &M) -> f64 {
-    let n_heads = problem.shape().n_heads_q.max(1);
-    let (mut seen, mut all) = (0, 0);
-    for x in 0..SAMPLES {
-        let sequence = x * problem.n_sequences() / SAMPLES;
-        let (n_q, n_kv) = (problem.q_range(sequence).len(), problem.kv_range(sequence).len());
-        if n_q == 0 || n_kv == 0 {
-            continue;
-        }
-        // Later rows come with later samples, whatever the head.
-        let first = x * n_q.saturating_sub(LANES) / (SAMPLES - 1);
-        let head = Head { batch: sequence, head: x * 5 % n_heads };
-        let spans = mask.spans(head, first..(first + LANES).min(n_q), n_kv);
-        seen += spans.iter().map(Range::len).sum::<usize>();
-        all += n_kv;
-    }
-    if all == 0 { 1.0 } else { seen as f64 / all as f64 }
-}
-
-impl Tiles {
-    /// Measured choice.
-    fn auto<M: Mask + ?Sized>(problem: &Problem<'_>, mask: &M) -> Self {
-        let shape = problem.shape();
-        let spread = match share_seen(problem, mask) {
-            ..0.15 => 4,
-            ..0.3 => 2,
-            _ => 1,
-        };
-        // Rows of k and v and their gradients take 512 KiB, twice as much where most are not touched.
-        let span = (1 << 16) / (shape.head_dim + shape.head_dim_v) * usize::min(spread, 2);
-        Self { block_kv: 64, span: (span / 64 * 64).clamp(64, 1024), spread }
-    }
-
-    /// Rows of a block of a sequence of `n`: few enough blocks that their meetings are a short list, enough of them to keep
-    /// threads busy.
-    fn block(self, n: usize) -> usize {
-        let least = if n <= 2048 { 256 } else { 512 };
-        let most = n.div_ceil(8).next_multiple_of(least);
-        n.div_ceil(32).next_multiple_of(least).max((least * self.spread).min(most))
-    }
 }
 
 /// A backward pass on its way.
