@@ -10,6 +10,7 @@ pub(crate) const PANEL: usize = 32;
 pub struct TileSizes {
     block_q: usize,
     block_kv: usize,
+    rows_apart: bool,
 }
 
 impl TileSizes {
@@ -24,7 +25,7 @@ impl TileSizes {
         if block_kv == 0 {
             return Err(AttnError::value("block_kv", block_kv, "at least 1"));
         }
-        Ok(Self { block_q, block_kv })
+        Ok(Self { block_q, block_kv, rows_apart: false })
     }
 
     /// Measured choice: longer query blocks once K and V leave the second-level cache, so that each key block is
@@ -38,7 +39,23 @@ impl TileSizes {
             0x40_0001.. if queries >= 32 * 512 => 512,
             _ => 256,
         };
-        Self { block_q, block_kv: 128 }
+        Self { block_q, block_kv: 128, rows_apart: false }
+    }
+
+    /// The same sizes, with each query row attended by itself, beside it only the heads that share its keys: for masks
+    /// whose rows see few keys each, and different ones. Side by side, rows compute what any of them sees.
+    pub fn rows_apart(self) -> Self {
+        Self { rows_apart: true, ..self }
+    }
+
+    /// The same sizes, without [`TileSizes::rows_apart`].
+    pub(crate) fn side_by_side(self) -> Self {
+        Self { rows_apart: false, ..self }
+    }
+
+    /// Whether rows are attended one by one.
+    pub(crate) fn are_rows_apart(&self) -> bool {
+        self.rows_apart
     }
 
     /// Queries of a task.

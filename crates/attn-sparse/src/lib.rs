@@ -1,21 +1,46 @@
-//! Sparse attention: patterns decide which pairs are seen, the exact tile engine attends them.
+//! Sparse attention: deciders choose which pairs are attended, the exact tile engine attends them.
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
-//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
-//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`DilatedWindow`] | every `dilation`-th key near it |
+//! | [`Documents`] | its own document |
+//! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Padded`] | keys inside the sequence |
+//! | [`PerHead`] | by one pattern in some heads, by another in the others |
+//! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
+//! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
 //!
-//! A variant is a [`Pattern`]: its mask and its words. Everything else, from the log-sum-exp to streaming, is shared.
+//! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
+//! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
+//! What a decider chooses is a mask, usually a [`BlockMask`].
 
-mod chunked_causal;
-mod pattern;
+mod attend;
+mod attention;
+mod block_mask;
+mod decider;
+mod pairs;
+mod patterns;
 mod registry;
-mod sink_window;
-mod sliding_window;
+mod residues;
+mod score_rule;
+pub mod select;
 
-pub use chunked_causal::ChunkedCausal;
-pub use pattern::{Pattern, SparseAttention};
+pub use attention::{BiasGrad, SparseAttention, SparseGrads};
+pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
+pub use decider::{Decider, Decision, Pattern, Promises, Work};
+pub use patterns::{
+    BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
+    LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
+};
 pub use registry::registry;
-pub use sink_window::SinkWindow;
-pub use sliding_window::SlidingWindow;
+pub use residues::{Class, Residues};
+pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
+
+/// Query heads over all batch entries.
+fn heads(shape: &attn_core::AttnShape) -> u64 {
+    (shape.batch * shape.n_heads_q) as u64
+}

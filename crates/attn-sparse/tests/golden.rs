@@ -16,7 +16,7 @@ fn cases(variant: &str, count: usize) -> Vec<GoldenCase> {
 /// The pattern's mask must be the stored one, and its outputs those of dense attention under that mask.
 fn check<P: Pattern>(case: &GoldenCase, pattern: P, options: &[(&str, usize)], causal: bool) {
     let shape: AttnShape = case.inputs.qkv().unwrap().shape();
-    let (mask, head) = (pattern.mask(&shape), Head { batch: 0, head: 0 });
+    let (mask, head) = (pattern.mask(&shape).unwrap(), Head { batch: 0, head: 0 });
     let seen = (0..shape.n_q).flat_map(|i| (0..shape.n_kv).map(move |j| (i, j)));
     let seen: Vec<f64> = seen.map(|(i, j)| f64::from(u8::from(mask.sees(head.pair(i, j))))).collect();
     assert_eq!(seen, case.given.require("mask").unwrap().data.to_f64(), "{}: mask", case.case);

@@ -87,14 +87,17 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { problem, spec, tiles, workspace, task } = self;
+        let Self { problem, spec, tiles, workspace, mut task } = self;
         let shape = problem.shape();
         let kv_head = shape.kv_head(task.heads.start);
         let (k_rows, v_rows) = problem.kv_rows(task.sequence, kv_head);
         let n_lanes = task.heads.len() * task.rows.len();
 
-        if n_lanes <= FEW && spec.dropout.is_none() && spec.qk_norm.is_none() {
-            return few::attend(simd, problem, spec, &mut workspace.few, task);
+        if tiles.are_rows_apart() {
+            return few::attend_rows_apart(simd, problem, spec, &mut workspace.few, task);
+        }
+        if n_lanes <= FEW && few::serves(spec) {
+            return few::attend(simd, problem, spec, &mut workspace.few, &mut task);
         }
 
         let Workspace { panels, rows, scores, wide_k, wide_v, finite_v, key_scale, native, .. } = workspace;
@@ -421,7 +424,7 @@ fn accumulate_poisoned<S: Simd>(
 /// scratch, `[PANEL, head_dim_v]`.
 #[inline(always)]
 fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Task<'_>, rows: &mut Vec<f32>) {
-    for (p, panel) in panels.iter().enumerate() {
+    for panel in panels {
         let width = panel.acc.len() / PANEL;
         rows.resize(PANEL * width, 0.0);
         transpose(simd, Rows::new(&panel.acc, width, PANEL, PANEL), 1.0, rows, width);
@@ -429,8 +432,8 @@ fn write<S: Simd>(simd: S, panels: &[Panel], sinks: Option<&[f32]>, mut task: Ta
             let sink = sinks.map(|sinks| sinks[segment.head.head]);
             for (lane, i) in segment.lanes() {
                 let acc = &rows[lane * width..][..width];
-                let place = (segment.head.head - task.heads.start, i - task.rows.start);
-                emit(&mut task.out, place, p * PANEL + lane, acc, panel.softmax.state(lane), sink);
+                let (place, number) = task.place(segment.head.head, i);
+                emit(&mut task.out, place, number, acc, panel.softmax.state(lane), sink);
             }
         }
     }

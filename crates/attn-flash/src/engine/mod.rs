@@ -9,6 +9,7 @@
 //! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged.
 //! Results do not depend on the number of threads: a task's arithmetic is fixed by its position alone.
 
+mod any;
 mod backward;
 mod block;
 mod chunks;
@@ -23,6 +24,7 @@ mod rows;
 mod tasks;
 
 use crate::tiles::TileSizes;
+pub use any::{AnySpec, attend_any, attend_backward_any, attend_backward_from_delta_any};
 use attn_core::dropout::Dropout;
 use attn_core::mask::Mask;
 use attn_core::parallel::for_each_task;
@@ -165,7 +167,10 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     }
     spec.check(&shape)?;
     spec.check_made_for(&problem)?;
-    let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
+    let mut tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
+    if !few::serves(spec) {
+        tiles = tiles.side_by_side();
+    }
     let isa = Isa::current();
     let dot = native_bf16::choose(&problem, spec, isa)?;
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {

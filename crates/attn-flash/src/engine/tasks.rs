@@ -31,6 +31,18 @@ pub(super) struct Task<'a> {
     /// Keys, counted along the spans that the rows see; `None` is all.
     pub(super) share: Option<Range<usize>>,
     pub(super) out: TaskOut<'a>,
+    /// Heads and rows that `out` is made for; a task may be run a part at a time.
+    pub(super) whole: (Range<usize>, Range<usize>),
+}
+
+impl Task<'_> {
+    /// Where the result of row `i` of `head` goes: its place among the heads and rows, and their number.
+    #[inline(always)]
+    pub(super) fn place(&self, head: usize, i: usize) -> ((usize, usize), usize) {
+        let (heads, rows) = &self.whole;
+        let (head, row) = (head - heads.start, i - rows.start);
+        ((head, row), head * rows.len() + row)
+    }
 }
 
 /// Where a task's result goes.
@@ -93,8 +105,11 @@ pub(super) fn for_each<M: Mask + ?Sized, C: ?Sized>(
             for (at, (s, rows)) in owners.iter().enumerate() {
                 let sequence = if packed { *s } else { batch };
                 let n_rows = problem.q_range(sequence).len();
-                let per_task =
-                    if n_rows >= PANEL { 1 } else { (tiles.block_q() / n_rows.max(1)).clamp(1, group) };
+                let per_task = match n_rows {
+                    _ if tiles.are_rows_apart() => group,
+                    PANEL.. => 1,
+                    few => (tiles.block_q() / few.max(1)).clamp(1, group),
+                };
                 let heads = kv_head * group..(kv_head + 1) * group;
                 for first in heads.clone().step_by(per_task) {
                     let first_piece = (batch * shape.n_heads_q + first) * pieces.len() + at;
@@ -145,6 +160,7 @@ pub(super) fn for_each<M: Mask + ?Sized, C: ?Sized>(
             rows: cut.rows.clone(),
             share: share.clone(),
             out,
+            whole: (cut.heads.clone(), cut.rows.clone()),
         };
         if let [whole] = shares.as_slice() {
             tasks.push(task(whole, TaskOut::Final(out)));

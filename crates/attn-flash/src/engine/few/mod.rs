@@ -63,6 +63,30 @@ impl Default for FewScratch {
     }
 }
 
+/// Whether tasks of `spec` can run here.
+pub(super) fn serves<M: ?Sized, C: ?Sized>(spec: &Spec<'_, M, C>) -> bool {
+    spec.dropout.is_none() && spec.qk_norm.is_none()
+}
+
+/// Runs a task row by row, at most [`FEW`] heads at a time.
+#[inline(always)]
+pub(super) fn attend_rows_apart<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
+    simd: S,
+    problem: &Problem<'_>,
+    spec: &Spec<'_, M, C>,
+    scratch: &mut FewScratch,
+    mut task: Task<'_>,
+) {
+    let (heads, rows) = task.whole.clone();
+    for row in rows {
+        task.rows = row..row + 1;
+        for first in heads.clone().step_by(FEW) {
+            task.heads = first..(first + FEW).min(heads.end);
+            attend(simd, problem, spec, scratch, &mut task);
+        }
+    }
+}
+
 /// Runs a task of at most [`FEW`] queries.
 #[inline(always)]
 pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
@@ -70,12 +94,12 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     problem: &Problem<'_>,
     spec: &Spec<'_, M, C>,
     scratch: &mut FewScratch,
-    mut task: Task<'_>,
+    task: &mut Task<'_>,
 ) {
     let shape = problem.shape();
     let (k_rows, v_rows) = problem.kv_rows(task.sequence, shape.kv_head(task.heads.start));
     let n_lanes = task.heads.len() * task.rows.len();
-    let segments = segments(&task, 0..n_lanes);
+    let segments = segments(task, 0..n_lanes);
     let (groups, groups_v) = (Groups::of::<S>(shape.head_dim), Groups::of::<S>(shape.head_dim_v));
     let is_narrow = groups.is_narrow() || groups_v.is_narrow();
 
@@ -97,8 +121,8 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     }
 
     let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; FEW];
-    let spans = spans_of(problem, spec, &task, &segments);
-    let key_bias = spec.key_bias_of(problem, &task);
+    let spans = spans_of(problem, spec, task, &segments);
+    let key_bias = spec.key_bias_of(problem, task);
     let edges = Edges { spec, segments: &segments, key_bias };
     for_each_chunk(&spans, BLOCK, |ranges| {
         if let [range] = ranges
@@ -159,8 +183,8 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         for (lane, i) in segment.lanes() {
             let state = (running[lane].max, running[lane].sum);
             let acc = groups_v.compact(&mut acc[lane * groups_v.numbers()..][..groups_v.numbers()]);
-            let place = (segment.head.head - task.heads.start, i - task.rows.start);
-            emit(&mut task.out, place, lane, acc, state, sink);
+            let (place, number) = task.place(segment.head.head, i);
+            emit(&mut task.out, place, number, acc, state, sink);
         }
     }
 }
