@@ -48,6 +48,12 @@ impl Decision {
         Self { mask: Arc::new(mask), rows_apart: false }
     }
 
+    /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
+    /// result depends on nothing but what it sees, to the last bit.
+    pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
+        Self { rows_apart: true, ..Self::new(mask) }
+    }
+
     /// The mask.
     pub fn mask(&self) -> &(dyn Mask + Send + Sync) {
         &*self.mask

@@ -15,12 +15,15 @@ mod block_mask;
 mod decider;
 mod patterns;
 mod registry;
+mod routed;
+pub mod select;
 
 pub use attention::SparseAttention;
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
 pub use registry::registry;
+pub use routed::{BlockIndexer, BlockIndexerInputs, ChunkMeans, Decided, Dsa, DsaInputs, IndexKeys, Moba, Routed, Router};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

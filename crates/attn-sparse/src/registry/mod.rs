@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod routed;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -8,7 +9,7 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [windows::entries()].into_iter().flatten().collect()
+    [routed::entries(), windows::entries()].into_iter().flatten().collect()
 }
 
 /// The decider with the options that all have.

@@ -1,0 +1,30 @@
+//! Trainable selection: each query is routed to blocks or tokens.
+//!
+//! | variant | chooses | by |
+//! |---|---|---|
+//! | [`Moba`] | chunks, for each query head | the mean of a chunk's keys |
+//! | [`Dsa`] | tokens, for all heads | a lightning indexer |
+//! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
+//!
+//! These are [`Router`]s, run by [`Routed`].
+
+mod block_indexer;
+mod decided;
+mod dsa;
+mod index_channels;
+mod index_inputs;
+mod indexer;
+mod key_panels;
+mod moba;
+mod router;
+mod rows;
+mod stream;
+
+pub use block_indexer::BlockIndexer;
+pub use decided::Decided;
+pub(crate) use decided::given_lists;
+pub use dsa::Dsa;
+pub use index_channels::IndexKeys;
+pub use index_inputs::{BlockIndexerInputs, DsaInputs};
+pub use moba::{ChunkMeans, Moba};
+pub use router::{Routed, Router};

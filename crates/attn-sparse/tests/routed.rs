@@ -1,0 +1,7 @@
+//! Trainable selection: choices against other people's code and against sorting, outputs, gradients, promises.
+
+mod routed {
+    mod choices;
+    mod golden;
+    mod promises;
+}
