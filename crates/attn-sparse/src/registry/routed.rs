@@ -160,7 +160,8 @@ fn run_block_indexer(entry: &Entry, options: &Options, tensors: &NamedTensors) -
 /// Attends what was decided: `o`, `lse`, and gradients with `grad_o`.
 fn run_decided(options: &Options, tensors: &NamedTensors, decision: Decision) -> Result<NamedTensors> {
     let x = tensors.qkv()?;
-    let attention = SparseAttention { decider: Decided(decision), softmax_scale: options.get("scale")? };
+    let attention =
+        SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(Decided(decision)) };
     let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
     attention.forward_with_lse(x, out.as_out()?, &mut lse)?;
     let [batch, heads, n_q, _] = x.shape().out();

@@ -135,7 +135,8 @@ impl Router for Moba {
     }
 
     fn growth(&self) -> Growth {
-        // The gates grow as n^2 / chunk_len, but are the smaller part up to millions of keys.
-        Growth::Linear
+        // Gates grow as n^2 / chunk_len; with chunks of hundreds of keys they are the smaller part at a million.
+        let (gates, keys) = ((1 << 20) / self.chunk_len, self.chunk_len.saturating_mul(self.top_k));
+        if gates < keys { Growth::Linear } else { Growth::Quadratic }
     }
 }

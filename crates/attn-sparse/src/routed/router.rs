@@ -12,19 +12,19 @@
 
 use super::decided::Decided;
 use super::stream::RoutedStream;
-use crate::attention::spec;
 use crate::decider::{Decision, Work};
 use crate::{BlockMask, SparseAttention, heads};
 use attn_core::exact::{Exact, Reference};
-use attn_core::mask::{Align, Band, SeeAll};
+use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::registry::NamedTensor;
+use attn_core::score::Unchanged;
 use attn_core::{
     Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
     QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
     check_lse, softmax_flops, softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
-use attn_flash::engine::{KvView, Problem, attend_any};
+use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
 use std::fmt;
 
 /// Queries that choose and attend together: bounds the lists that exist at a time.
@@ -86,7 +86,10 @@ impl<R: Router> Routed<R> {
     pub fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
         let mut summary = self.router.summary(&StreamShape::of(x))?;
         self.router.append(&mut summary, x.k());
-        Ok(Decision::row_by_row(self.router.choose(&summary, x.q(), &x.shape())?))
+        match x.shape().rows() {
+            0 => Ok(Decision::new(SeeAll)),
+            _ => Ok(Decision::row_by_row(self.router.choose(&summary, x.q(), &x.shape())?)),
+        }
     }
 
     /// Chooses and attends for some queries; the summary holds all of `k`.
@@ -101,8 +104,11 @@ impl<R: Router> Routed<R> {
         let problem = Problem::cached(q, kv.0, kv.1, None)?;
         let shape = problem.shape();
         let softmax_scale = softmax_scale_or_default(self.softmax_scale, shape.head_dim)?;
+        if shape.rows() == 0 {
+            return Ok(());
+        }
         let decision = Decision::row_by_row(self.router.choose(summary, &q, &shape)?);
-        attend_any(problem, out, lse, &spec(&decision, softmax_scale, &shape))
+        attend_any(problem, out, lse, &rows_apart(decision.mask(), softmax_scale, &shape))
     }
 
     /// Block by block, so that no more than a block's lists exist at a time.
@@ -215,7 +221,7 @@ impl<R: Router> SoftmaxAttention for Routed<R> {
 impl<R: Router> Differentiable for Routed<R> {
     fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
         let decider = Decided(self.decide(&x)?);
-        SparseAttention { decider, softmax_scale: self.softmax_scale }.forward_saving(x, out)
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }.forward_saving(x, out)
     }
 
     fn backward(
@@ -228,7 +234,7 @@ impl<R: Router> Differentiable for Routed<R> {
     ) -> Result<()> {
         // What was decided is among what was saved.
         let decider = Decided(Decision::new(SeeAll));
-        SparseAttention { decider, softmax_scale: self.softmax_scale }.backward(x, out, saved, grad_out, grads)
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }.backward(x, out, saved, grad_out, grads)
     }
 }
 
@@ -236,6 +242,12 @@ impl<R: Router> Streaming for Routed<R> {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
         RoutedStream::start(self.clone(), shape)
     }
+}
+
+/// What the engine computes for a mask whose rows are attended one by one.
+pub(super) fn rows_apart<'a>(mask: &'a (dyn Mask + 'a), softmax_scale: f32, shape: &AttnShape) -> AnySpec<'a> {
+    let tiles = Some(TileSizes::auto(shape).rows_apart());
+    AnySpec { tiles, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
 }
 
 /// Pairs of queries that see at most `most` keys each, causally: over all heads of all batch entries.
