@@ -11,6 +11,7 @@
 //! pairs; the choice itself has none.
 
 use crate::block_mask::{BlockMask, SharedMask};
+use crate::residues::Residues;
 use attn_core::mask::{Head, Mask};
 use attn_core::{AttnShape, Causality, Growth, Qkv, Result};
 use attn_flash::stream::Kept;
@@ -39,19 +40,36 @@ pub trait Decider: Clone + Send + Sync + 'static {
 #[derive(Clone)]
 pub struct Decision {
     mask: SharedMask,
-    rows_apart: bool,
+    arrangement: Arrangement,
+}
+
+/// How the engine is best given the rows.
+#[derive(Clone)]
+pub(crate) enum Arrangement {
+    /// As they lie.
+    Together,
+    /// One by one.
+    Apart,
+    /// Class by class.
+    ByResidue(Residues),
 }
 
 impl Decision {
     /// The pairs that `mask` sees.
     pub fn new(mask: impl Mask + Send + 'static) -> Self {
-        Self { mask: Arc::new(mask), rows_apart: false }
+        Self { mask: Arc::new(mask), arrangement: Arrangement::Together }
+    }
+
+    /// The pairs that `mask` sees, all of which lie within a residue class: the engine runs class by class, with the
+    /// masks that `residues` makes, which have to see the same.
+    pub fn by_residue(mask: impl Mask + Send + 'static, residues: Residues) -> Self {
+        Self { arrangement: Arrangement::ByResidue(residues), ..Self::new(mask) }
     }
 
     /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
     /// result depends on nothing but what it sees, to the last bit.
     pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
-        Self { rows_apart: true, ..Self::new(mask) }
+        Self { arrangement: Arrangement::Apart, ..Self::new(mask) }
     }
 
     /// The mask.
@@ -61,7 +79,11 @@ impl Decision {
 
     /// Whether each row has its own short list of keys, so that rows are attended one by one.
     pub fn rows_apart(&self) -> bool {
-        self.rows_apart
+        matches!(self.arrangement, Arrangement::Apart)
+    }
+
+    pub(crate) fn arrangement(&self) -> &Arrangement {
+        &self.arrangement
     }
 
     /// The keys `A(i)` of query row `i`, ascending, of `n_kv`.
@@ -73,14 +95,19 @@ impl Decision {
 
 impl From<BlockMask> for Decision {
     fn from(mask: BlockMask) -> Self {
-        let rows_apart = mask.rows_are_apart();
-        Self { rows_apart, ..Self::new(mask) }
+        let arrangement = if mask.rows_are_apart() { Arrangement::Apart } else { Arrangement::Together };
+        Self { arrangement, ..Self::new(mask) }
     }
 }
 
 impl fmt::Debug for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Decision").field("rows_apart", &self.rows_apart).finish_non_exhaustive()
+        let arrangement = match self.arrangement {
+            Arrangement::Together => "together",
+            Arrangement::Apart => "rows apart",
+            Arrangement::ByResidue(_) => "by residue",
+        };
+        f.debug_struct("Decision").field("rows", &arrangement).finish_non_exhaustive()
     }
 }
 
@@ -126,10 +153,18 @@ pub trait Pattern: Clone + Send + Sync + 'static {
     /// [`attn_core::AttnError`] for shapes or settings that the pattern does not serve.
     fn mask(&self, shape: &AttnShape) -> Result<Self::Mask>;
 
+    /// The same pairs, with how the engine is best given the rows.
+    ///
+    /// # Errors
+    /// As [`Pattern::mask`].
+    fn decision(&self, shape: &AttnShape) -> Result<Decision> {
+        Ok(Decision::new(self.mask(shape)?))
+    }
+
     /// Number of visible pairs, over all heads of all batch entries.
     fn pairs(&self, shape: &AttnShape) -> u64;
 
-    /// Whether no query sees a later key.
+    /// Whether no query sees a later key: what it sees then depends on no later input either.
     fn is_causal(&self) -> bool;
 
     /// Which rows a stream has to keep; only asked of causal patterns. `None` if it cannot stream.
@@ -157,7 +192,7 @@ impl<P: Pattern> Decider for P {
     const NAME: &'static str = P::NAME;
 
     fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
-        Ok(Decision::new(self.mask(&x.shape())?))
+        self.decision(&x.shape())
     }
 
     fn promises(&self) -> Promises {

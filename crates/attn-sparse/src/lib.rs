@@ -2,28 +2,50 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
-//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
-//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
+//! | [`BlockIndexer`] | the blocks with the largest token score of an indexer |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`DilatedWindow`] | every `dilation`-th key near it |
+//! | [`Documents`] | its own document |
+//! | [`Dsa`] | the tokens that a lightning indexer scores highest |
+//! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Moba`] | its own chunk, and those whose mean key fits best |
+//! | [`Padded`] | keys inside the sequence |
+//! | [`PerHead`] | by one pattern in some heads, by another in the others |
+//! | [`PrefixLm`] | keys up to itself, and the prefix |
+//! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
+//! | [`SlidingWindow`] | keys `p - left ..= p + right` |
+//! | [`Union`], [`Intersection`] | what either of two patterns sees, or both |
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
-//! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
+//! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]). Those that choose row by row from a summary of the keys are a [`Router`] ([`Routed`]).
 //! What a decider chooses is a mask, usually a [`BlockMask`].
 
+mod attend;
 mod attention;
 mod block_mask;
 mod decider;
+mod pairs;
 mod patterns;
 mod registry;
+mod residues;
 mod routed;
+mod score_rule;
 pub mod select;
 
-pub use attention::SparseAttention;
+pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, SharedMask};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
-pub use patterns::{ChunkedCausal, SinkWindow, SlidingWindow};
+pub use patterns::{
+    BidirectionalSpans, ChunkedCausal, DilatedWindow, DocumentLayout, Documents, HeadChoice, Intersection,
+    LocalBuckets, Padded, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, Union,
+};
 pub use registry::registry;
-pub use routed::{BlockIndexer, BlockIndexerInputs, ChunkMeans, Decided, Dsa, DsaInputs, IndexKeys, Moba, Routed, Router};
+pub use residues::{Class, Residues};
+pub use routed::{
+    BlockIndexer, BlockIndexerInputs, ChunkMeans, Decided, Dsa, DsaInputs, IndexKeys, Moba, Routed, Router,
+};
+pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

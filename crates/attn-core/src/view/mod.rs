@@ -3,6 +3,7 @@
 //! Any strides with a contiguous last axis are accepted, so that `(b, h, n, d)` and `(b, n, h, d)` storage
 //! are both read and written without a copy.
 
+mod parts;
 mod rows;
 mod rows_mut;
 

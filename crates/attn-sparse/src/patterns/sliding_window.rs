@@ -7,7 +7,7 @@
 
 use crate::{Pattern, heads};
 use attn_core::mask::{Align, Band};
-use attn_core::{AttnShape, Result, band_pairs};
+use attn_core::{AttnShape, Growth, Result, band_pairs};
 use attn_flash::stream::Kept;
 
 /// Keys near the query. Time `O(n_q * (left + right + 1))`; a causal stream keeps `left` positions.
@@ -65,5 +65,10 @@ impl Pattern for SlidingWindow {
 
     fn kept(&self) -> Option<Kept> {
         Some(Kept { sinks: 0, last: Some(self.left) })
+    }
+
+    /// A side that no sequence reaches is no window.
+    fn growth(&self) -> Growth {
+        if self.left.max(self.right) < 1 << 40 { Growth::Linear } else { Growth::Quadratic }
     }
 }

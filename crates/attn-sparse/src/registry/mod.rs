@@ -1,5 +1,7 @@
 //! The sparse variants by name.
 
+mod masks;
+mod named;
 mod routed;
 mod windows;
 
@@ -9,12 +11,17 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [routed::entries(), windows::entries()].into_iter().flatten().collect()
+    [masks::entries(), routed::entries(), windows::entries()].into_iter().flatten().collect()
 }
 
 /// The decider with the options that all have.
+fn attention<D: Decider>(options: &Options, decider: D) -> Result<SparseAttention<D>> {
+    Ok(SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(decider) })
+}
+
+/// [`attention`], boxed.
 fn build<D: Decider>(options: &Options, decider: D) -> Result<Box<dyn Attention>> {
-    Ok(Box::new(SparseAttention { decider, softmax_scale: options.get("scale")? }))
+    Ok(Box::new(attention(options, decider)?))
 }
 
 /// A length that has to be positive.

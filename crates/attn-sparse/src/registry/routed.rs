@@ -3,7 +3,9 @@
 use super::{at_least_1, only_causal};
 use crate::decider::Decision;
 use crate::routed::given_lists;
-use crate::{BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, Moba, Routed, Router, SparseAttention};
+use crate::{
+    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, Moba, Routed, Router, SparseAttention,
+};
 use attn_core::registry::{
     Entry, NamedTensor, NamedTensors, OptionSpec, Options, gradients, output_like, run_qkv,
 };
@@ -15,8 +17,11 @@ const INDEX_DIM: OptionSpec = OptionSpec {
     help: "channels of q and k that the index keeps where none is given; default a quarter of head_dim",
 };
 
-const CAUSAL: OptionSpec =
-    OptionSpec { name: "causal", default: "true", help: "always true: a query sees no key after its position" };
+const CAUSAL: OptionSpec = OptionSpec {
+    name: "causal",
+    default: "true",
+    help: "always true: a query sees no key after its position",
+};
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![

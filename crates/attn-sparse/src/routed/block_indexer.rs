@@ -126,9 +126,10 @@ impl Router for BlockIndexer {
         let mut queries = index.queries_of_groups(q, shape, false);
         // The sum over a group chooses as its mean does.
         let (group, width) = (queries.heads, queries.width);
-        let summed = queries.data.chunks_exact(group * width).flat_map(|heads| {
-            (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>())
-        });
+        let summed = queries
+            .data
+            .chunks_exact(group * width)
+            .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
         (queries.data, queries.heads) = (summed.collect(), 1);
         let chosen = select(&queries, |list| &index.heads[list], &LargestBlocks { indexer: self, shape });
         blocks(shape, self.block_len, shape.n_heads_kv, &chosen)

@@ -28,7 +28,8 @@ impl Decider for Decided {
     }
 
     fn work(&self, shape: &AttnShape) -> Work {
-        let heads = (0..shape.batch).flat_map(|batch| (0..shape.n_heads_q).map(move |head| Head { batch, head }));
+        let heads =
+            (0..shape.batch).flat_map(|batch| (0..shape.n_heads_q).map(move |head| Head { batch, head }));
         let seen = |head| {
             let rows = (0..shape.n_q).map(move |i| self.0.mask().spans(head, i..i + 1, shape.n_kv));
             rows.flatten().map(|span| span.len() as u64).sum::<u64>()

@@ -52,7 +52,12 @@ pub(super) fn series(k: &TensorView<'_>) -> Vec<KeyPanels<f32>> {
 }
 
 /// `(batch, heads, rows, width)` as `[batch * lists, rows, heads / lists, width]`.
-pub(super) fn index_queries(q: &TensorView<'_>, lists: usize, weights: Option<&[f32]>, relu: bool) -> IndexQueries {
+pub(super) fn index_queries(
+    q: &TensorView<'_>,
+    lists: usize,
+    weights: Option<&[f32]>,
+    relu: bool,
+) -> IndexQueries {
     let [batch, n_heads, rows, width] = q.shape();
     let heads = n_heads.checked_div(lists).unwrap_or(0);
     let mut data = vec![0.0; batch * n_heads * rows * width];

@@ -183,7 +183,8 @@ impl Rows<'_> {
     fn score<E: Element>(&self, keys: &KeyPanels<E>, range: std::ops::Range<usize>, scratch: &mut Scratch) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
         let Scratch { products, combined, wide } = scratch;
-        let head_rows = (self.list * rows + self.first) * heads..(self.list * rows + self.first + self.len) * heads;
+        let head_rows =
+            (self.list * rows + self.first) * heads..(self.list * rows + self.first + self.len) * heads;
         let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
         let weights = self.queries.weights.as_ref().map(|weights| &weights[head_rows]);
         let plain = heads == 1 && weights.is_none();
@@ -217,12 +218,16 @@ impl SimdOp for Combine<'_> {
             }
             return;
         }
-        for (row, (to, of)) in combined.chunks_exact_mut(TILE).zip(products.chunks_exact(heads * TILE)).enumerate() {
+        for (row, (to, of)) in
+            combined.chunks_exact_mut(TILE).zip(products.chunks_exact(heads * TILE)).enumerate()
+        {
             to.fill(0.0);
             for (h, products) in of.chunks_exact(TILE).enumerate() {
                 let weight = weights.map_or(1.0, |weights| weights[row * heads + h]);
                 if relu {
-                    to.iter_mut().zip(products).for_each(|(to, x)| *to += weight * if *x < 0.0 { 0.0 } else { *x });
+                    to.iter_mut()
+                        .zip(products)
+                        .for_each(|(to, x)| *to += weight * if *x < 0.0 { 0.0 } else { *x });
                 } else {
                     to.iter_mut().zip(products).for_each(|(to, x)| *to += weight * x);
                 }

@@ -132,17 +132,16 @@ impl<R: Router> Routed<R> {
         for (block, rows) in blocks.into_iter().enumerate() {
             let n_keys = keys_up_to(rows.end);
             extend(&mut summary, n_keys);
-            let mut part = NamedTensor::unwritten(
-                &[s.batch, s.n_heads_q, rows.len(), s.head_dim_v],
-                x.dtype(),
-            );
+            let mut part =
+                NamedTensor::unwritten(&[s.batch, s.n_heads_q, rows.len(), s.head_dim_v], x.dtype());
             let mut part_lse = vec![0.0; if lse.is_some() { s.batch * s.n_heads_q * rows.len() } else { 0 }];
             let kv = (x.k().narrow(0..n_keys).into(), x.v().narrow(0..n_keys).into());
             let given_lse = lse.is_some().then_some(part_lse.as_mut_slice());
             self.attend(&summary, x.q().narrow(rows.clone()), kv, part.as_out()?, given_lse)?;
             let part = part.view("o")?;
             for head in 0..s.batch * s.n_heads_q {
-                let wide = super::rows::rows_f32(&part, head / s.n_heads_q, head % s.n_heads_q, 0..rows.len());
+                let wide =
+                    super::rows::rows_f32(&part, head / s.n_heads_q, head % s.n_heads_q, 0..rows.len());
                 if let Some(piece) = &mut pieces[head * n_blocks + block] {
                     for (i, row) in wide.chunks_exact(s.head_dim_v).enumerate() {
                         piece.store(i, row.iter().copied());
@@ -221,7 +220,8 @@ impl<R: Router> SoftmaxAttention for Routed<R> {
 impl<R: Router> Differentiable for Routed<R> {
     fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
         let decider = Decided(self.decide(&x)?);
-        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }.forward_saving(x, out)
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
+            .forward_saving(x, out)
     }
 
     fn backward(
@@ -234,7 +234,8 @@ impl<R: Router> Differentiable for Routed<R> {
     ) -> Result<()> {
         // What was decided is among what was saved.
         let decider = Decided(Decision::new(SeeAll));
-        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }.backward(x, out, saved, grad_out, grads)
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
+            .backward(x, out, saved, grad_out, grads)
     }
 }
 
@@ -245,7 +246,11 @@ impl<R: Router> Streaming for Routed<R> {
 }
 
 /// What the engine computes for a mask whose rows are attended one by one.
-pub(super) fn rows_apart<'a>(mask: &'a (dyn Mask + 'a), softmax_scale: f32, shape: &AttnShape) -> AnySpec<'a> {
+pub(super) fn rows_apart<'a>(
+    mask: &'a (dyn Mask + 'a),
+    softmax_scale: f32,
+    shape: &AttnShape,
+) -> AnySpec<'a> {
     let tiles = Some(TileSizes::auto(shape).rows_apart());
     AnySpec { tiles, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
 }

@@ -1,7 +1,7 @@
 //! Rows of tensors of any storage type, as f32.
 
 use attn_core::view::View;
-use attn_core::{Element, TensorView};
+use attn_core::{Element, OutMut, TensorView};
 use std::ops::Range;
 
 /// Rows `range` of a head, one after another, widened.
@@ -19,12 +19,23 @@ pub(super) fn rows_f32(x: &TensorView<'_>, batch: usize, head: usize, range: Ran
     }
 }
 
-/// All heads one after another: `[batch, heads, length, width]`, row-major.
-pub(super) fn tensor_f32(x: &TensorView<'_>) -> Vec<f32> {
-    let [batch, heads, n, width] = x.shape();
-    let mut wide = Vec::with_capacity(batch * heads * n * width);
+/// Rows `range` of all heads one after another: `[batch, heads, rows, width]`, row-major.
+pub(super) fn heads_f32(x: &TensorView<'_>, range: Range<usize>) -> Vec<f32> {
+    let [batch, heads, _, width] = x.shape();
+    let mut wide = Vec::with_capacity(batch * heads * range.len() * width);
     for head in 0..batch * heads {
-        wide.extend(rows_f32(x, head / heads, head % heads, 0..n));
+        wide.extend(rows_f32(x, head / heads, head % heads, range.clone()));
     }
     wide
+}
+
+/// Rounds `[batch, heads, length, width]`, row-major, to the dtype of `out`.
+pub(super) fn store(out: OutMut<'_>, rows: &[f32]) {
+    let [_, _, n, width] = out.shape();
+    let mut rows = rows.chunks_exact(width.max(1));
+    for mut head in out.into_cuts(std::iter::once(0..n).collect()) {
+        for (i, row) in rows.by_ref().take(n).enumerate() {
+            head.store(i, row.iter().copied());
+        }
+    }
 }

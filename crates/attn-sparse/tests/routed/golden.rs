@@ -38,7 +38,13 @@ pub(super) fn check_outputs(case: &GoldenCase, name: &str, options: &Options, gi
 }
 
 /// The entries of a row in blocks of `block_len` keys.
-fn entries(decision: &Decision, (batch, head): (usize, usize), i: usize, n: usize, block_len: usize) -> Vec<usize> {
+fn entries(
+    decision: &Decision,
+    (batch, head): (usize, usize),
+    i: usize,
+    n: usize,
+    block_len: usize,
+) -> Vec<usize> {
     let mut blocks = decision.selected(Head { batch, head }, i, n);
     blocks.iter_mut().for_each(|j| *j /= block_len);
     blocks.dedup();
@@ -72,7 +78,13 @@ fn mixture_of_block_attention() {
             let got = entries(&decision, (head / s.n_heads_q, head % s.n_heads_q), i, s.n_kv, chunk_len);
             assert_eq!(got, want, "{} head {head} row {i}", case.case);
         }
-        check_outputs(&case, "moba", &options(&[("chunk_len", chunk_len), ("top_k", top_k)]), "block_select", true);
+        check_outputs(
+            &case,
+            "moba",
+            &options(&[("chunk_len", chunk_len), ("top_k", top_k)]),
+            "block_select",
+            true,
+        );
     }
 }
 
@@ -108,11 +120,17 @@ fn lightning_indexer() {
                 let (got, want) = (entries(&decision, (batch, head), i, s.n_kv, 1), stored(slots));
                 // Where relu leaves many zeros the reference takes any of them, we the first.
                 let score = |list: &[usize]| {
-                    let mut scores: Vec<f64> = list.iter().map(|j| index_score(&inputs, batch, i, *j)).collect();
+                    let mut scores: Vec<f64> =
+                        list.iter().map(|j| index_score(&inputs, batch, i, *j)).collect();
                     scores.sort_by(f64::total_cmp);
                     scores
                 };
-                assert_close(&format!("{} row {row}", case.case), &score(&got), &score(&want), Tol::ScaledMax(1e-6));
+                assert_close(
+                    &format!("{} row {row}", case.case),
+                    &score(&got),
+                    &score(&want),
+                    Tol::ScaledMax(1e-6),
+                );
                 assert_eq!(got.len(), want.len());
                 same &= got == want;
             }
@@ -124,7 +142,8 @@ fn lightning_indexer() {
 #[test]
 fn block_indexer() {
     for case in cases("block-indexer", 2) {
-        let [block_len, top_k, local_blocks] = ["block_size", "topk_blocks", "local_blocks"].map(|o| size(&case, o));
+        let [block_len, top_k, local_blocks] =
+            ["block_size", "topk_blocks", "local_blocks"].map(|o| size(&case, o));
         let s: AttnShape = case.inputs.qkv().unwrap().shape();
         let mut made = None;
         let inputs = BlockIndexerInputs {
@@ -137,7 +156,12 @@ fn block_indexer() {
         for (row, slots) in slots.chunks_exact(top_k).enumerate() {
             let (list, i) = (row / s.n_q, row % s.n_q);
             let head = (list / s.n_heads_kv, list % s.n_heads_kv * s.group_size());
-            assert_eq!(entries(&decision, head, i, s.n_kv, block_len), stored(slots), "{} row {row}", case.case);
+            assert_eq!(
+                entries(&decision, head, i, s.n_kv, block_len),
+                stored(slots),
+                "{} row {row}",
+                case.case
+            );
         }
         let options = options(&[("block_len", block_len), ("top_k", top_k), ("local_blocks", local_blocks)]);
         check_outputs(&case, "block-indexer", &options, "block_index", true);

@@ -1,9 +1,9 @@
 //! Conformance where choices bite, limits in which everything is chosen, streams, gradients.
 
 use super::golden::run;
-use attn_core::registry::{NamedTensor, NamedTensors, Options, find};
 use attn_core::exact::Exact;
 use attn_core::mask::{Align, Band};
+use attn_core::registry::{NamedTensor, NamedTensors, Options, find};
 use attn_core::{AttnShape, StreamShape, ViewMut};
 use attn_testkit::inputs::Problem;
 use attn_testkit::{compare::Tol, compare::assert_close, conformance};
@@ -16,7 +16,11 @@ fn parse(text: &str) -> Options {
 const CONFIGURATIONS: [(&str, &[&str], &str); 3] = [
     ("moba", &["chunk_len=16 top_k=3", "chunk_len=7 top_k=1"], "chunk_len=32 top_k=100"),
     ("dsa", &["top_k=24", "top_k=5 index_dim=2"], "top_k=1000"),
-    ("block-indexer", &["block_len=16 top_k=3", "block_len=5 top_k=4 local_blocks=2"], "block_len=16 top_k=100"),
+    (
+        "block-indexer",
+        &["block_len=16 top_k=3", "block_len=5 top_k=4 local_blocks=2"],
+        "block_len=16 top_k=100",
+    ),
 ];
 
 #[test]
@@ -54,7 +58,9 @@ fn tensors(problem: &Problem) -> NamedTensors {
 /// More queries than are chosen for at a time, against the choice as a whole.
 #[test]
 fn long_inputs_are_attended_block_by_block() {
-    for (name, options) in [("moba", "chunk_len=64 top_k=3"), ("dsa", "top_k=40"), ("block-indexer", "top_k=4")] {
+    for (name, options) in
+        [("moba", "chunk_len=64 top_k=3"), ("dsa", "top_k=40"), ("block-indexer", "top_k=4")]
+    {
         let s = AttnShape { n_q: 2500, n_heads_kv: 1, ..AttnShape::square(2, 2900, 8) };
         let (problem, entries) = (Problem::normal(s, 8), attn_sparse::registry());
         let attention = find(&entries, name).unwrap().build(&parse(options)).unwrap();
@@ -73,8 +79,7 @@ fn long_inputs_are_attended_block_by_block() {
 /// A stream holds its cache and a summary that is small beside it, and says so.
 #[test]
 fn streams_say_what_they_hold() {
-    for (name, options, most) in
-        [("moba", "chunk_len=64", 0.1), ("dsa", "", 0.2), ("block-indexer", "", 0.2)]
+    for (name, options, most) in [("moba", "chunk_len=64", 0.1), ("dsa", "", 0.2), ("block-indexer", "", 0.2)]
     {
         let s = AttnShape::square(1, 4096, 32);
         let (problem, entries) = (Problem::normal(s, 1), attn_sparse::registry());
@@ -107,7 +112,12 @@ fn gradients_flow_through_the_chosen_pairs() {
         let exact = Exact { mask: decision.mask(), ..Exact::default() };
         let want = exact.backward(&x, &wide, None, |_, _| ()).unwrap();
         for (grad, want) in [("grad.q", &want.q), ("grad.k", &want.k), ("grad.v", &want.v)] {
-            assert_close(&format!("{name} {grad}"), got.f32(grad).unwrap().unwrap().1, want, Tol::ScaledMax(1e-5));
+            assert_close(
+                &format!("{name} {grad}"),
+                got.f32(grad).unwrap().unwrap().1,
+                want,
+                Tol::ScaledMax(1e-5),
+            );
         }
     }
 }
