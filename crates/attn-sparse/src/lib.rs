@@ -10,6 +10,7 @@
 //! | [`Dsa`] | the tokens that a lightning indexer scores highest |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`Moba`] | its own chunk, and those whose mean key fits best |
+//! | [`Nsa`] | compressed blocks, selected blocks and a window, summed with gates |
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
@@ -43,7 +44,8 @@ pub use patterns::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use routed::{
-    BlockIndexer, BlockIndexerInputs, ChunkMeans, Decided, Dsa, DsaInputs, IndexKeys, Moba, Routed, Router,
+    BlockIndexer, BlockIndexerInputs, Branch, ChunkMeans, CompressedKv, Decided, Dsa, DsaInputs, IndexKeys,
+    Moba, Nsa, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 

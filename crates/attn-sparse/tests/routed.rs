@@ -3,5 +3,6 @@
 mod routed {
     mod choices;
     mod golden;
+    mod nsa;
     mod promises;
 }

@@ -2,6 +2,7 @@
 
 mod masks;
 mod named;
+mod nsa;
 mod routed;
 mod windows;
 

@@ -17,7 +17,7 @@ const INDEX_DIM: OptionSpec = OptionSpec {
     help: "channels of q and k that the index keeps where none is given; default a quarter of head_dim",
 };
 
-const CAUSAL: OptionSpec = OptionSpec {
+pub(super) const CAUSAL: OptionSpec = OptionSpec {
     name: "causal",
     default: "true",
     help: "always true: a query sees no key after its position",
@@ -74,6 +74,7 @@ pub(super) fn entries() -> Vec<Entry> {
             constructor: |options| routed(options, block_indexer(options)?),
             runner: run_block_indexer,
         },
+        super::nsa::entry(),
     ]
 }
 

@@ -41,6 +41,12 @@ impl Dsa {
     }
 }
 
+/// Whether the score of a later key can still be among the largest: it loses ties; NaN counts as largest.
+#[inline(always)]
+pub(super) fn may_enter(score: f32, threshold: f32) -> bool {
+    score > threshold || score.is_nan()
+}
+
 /// The largest scores of each row.
 pub(super) struct Largest<V> {
     pub(super) top_k: usize,
@@ -67,10 +73,9 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for Largest<V> {
     fn take(&self, top: &mut TopK, first: usize, scores: &[f32]) {
         for (at, some) in scores.chunks(16).enumerate() {
             let threshold = top.threshold();
-            // Later keys lose ties. Written so that NaN passes.
-            if some.iter().fold(false, |any, score| any | !(*score <= threshold)) {
+            if some.iter().fold(false, |any, score| any | may_enter(*score, threshold)) {
                 for (j, score) in some.iter().enumerate() {
-                    if !(*score <= threshold) {
+                    if may_enter(*score, threshold) {
                         top.offer(*score, first + at * 16 + j);
                     }
                 }

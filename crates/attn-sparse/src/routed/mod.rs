@@ -6,7 +6,8 @@
 //! | [`Dsa`] | tokens, for all heads | a lightning indexer |
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
 //!
-//! These are [`Router`]s, run by [`Routed`].
+//! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
+//! compressed blocks, and adds them to two other branches.
 
 mod block_indexer;
 mod decided;
@@ -16,6 +17,7 @@ mod index_inputs;
 mod indexer;
 mod key_panels;
 mod moba;
+mod nsa;
 mod router;
 mod rows;
 mod stream;
@@ -27,4 +29,5 @@ pub use dsa::Dsa;
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
 pub use moba::{ChunkMeans, Moba};
+pub use nsa::{Branch, CompressedKv, Nsa, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
 pub use router::{Routed, Router};

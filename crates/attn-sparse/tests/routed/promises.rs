@@ -8,7 +8,7 @@ use attn_core::{AttnShape, StreamShape, ViewMut};
 use attn_testkit::inputs::Problem;
 use attn_testkit::{compare::Tol, compare::assert_close, conformance};
 
-fn parse(text: &str) -> Options {
+pub(super) fn parse(text: &str) -> Options {
     Options::parse(text.split_whitespace()).expect("key=value")
 }
 
@@ -46,7 +46,7 @@ fn with_everything_chosen_it_is_dense_causal_attention() {
     }
 }
 
-fn tensors(problem: &Problem) -> NamedTensors {
+pub(super) fn tensors(problem: &Problem) -> NamedTensors {
     let s = problem.shape;
     let all = [("q", s.q(), &problem.q), ("k", s.k(), &problem.k), ("v", s.v(), &problem.v)];
     let tensor = |(name, axes, data): (&str, [usize; 4], &Vec<f32>)| {
