@@ -3,7 +3,10 @@
 //!
 //! Tiles that are seen completely run the same code as ever; only a tile on a mask's edge pays for the indirect call.
 
-use super::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend, attend_backward};
+use super::{
+    ForwardResult, Grads, OutputGrad, Problem, RowState, Spec, attend, attend_backward,
+    attend_backward_from_delta,
+};
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
 use attn_core::{OutMut, Result};
@@ -36,4 +39,17 @@ pub fn attend_backward_any(
     spec: &AnySpec<'_>,
 ) -> Result<()> {
     attend_backward(problem, forward, grad, grads, spec)
+}
+
+/// [`attend_backward_from_delta`] with any mask and score mod.
+///
+/// # Errors
+/// As [`attend_backward_from_delta`].
+pub fn attend_backward_from_delta_any(
+    problem: Problem<'_>,
+    rows: RowState<'_>,
+    grads: Grads<'_>,
+    spec: &AnySpec<'_>,
+) -> Result<()> {
+    attend_backward_from_delta(problem, rows, grads, spec)
 }

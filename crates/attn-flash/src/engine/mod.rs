@@ -24,7 +24,7 @@ mod rows;
 mod tasks;
 
 use crate::tiles::TileSizes;
-pub use any::{AnySpec, attend_any, attend_backward_any};
+pub use any::{AnySpec, attend_any, attend_backward_any, attend_backward_from_delta_any};
 use attn_core::dropout::Dropout;
 use attn_core::mask::Mask;
 use attn_core::parallel::for_each_task;

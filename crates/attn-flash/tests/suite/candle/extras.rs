@@ -1,7 +1,7 @@
 //! A bias, sinks, the log-sum-exp and the user's closures on tensors: values and gradients against candle's own operations,
 //! and the gradients against finite differences of the loss.
 
-use crate::naive::{Naive, max_difference, random};
+use super::naive::{Naive, max_difference, random};
 use attn_core::candle::candle_core::{DType, Device, Result, Tensor, Var};
 use attn_core::score::ScoreFnWithDerivative;
 use attn_flash::Flash;

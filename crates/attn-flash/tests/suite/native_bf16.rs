@@ -11,7 +11,7 @@ use attn_core::score::{Alibi, Bias, ScoreFn, ScoreMod, SoftCap, Then, Unchanged}
 use attn_core::simd::{Isa, with_isa};
 use attn_core::tile::Bf16Dot;
 use attn_core::{AttnError, AttnShape, Qkv, View, ViewMut};
-use attn_flash::engine::{PagedKv, Problem, Spec, attend};
+use attn_flash::engine::{PagedKv, Problem, Spec, attend_any};
 use attn_flash::{Flash, HalfProducts, TileSizes};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::inputs::{self, Layout, StoredProblem};
@@ -50,7 +50,7 @@ fn run<'a>(problem: impl Into<Problem<'a>>, spec: &DynSpec<'_>) -> Result<(Vec<b
     let mut out = vec![bf16::NAN; shape.out().iter().product()];
     let mut lse = vec![f32::NAN; shape.rows()];
     let view = ViewMut::contiguous("out", &mut out, shape.out()).unwrap();
-    attend(problem, view.into(), Some(&mut lse), spec).map(|()| (out, lse))
+    attend_any(problem, view.into(), Some(&mut lse), spec).map(|()| (out, lse))
 }
 
 fn exact(x: &Qkv<'_>, spec: &DynSpec<'_>) -> Reference {

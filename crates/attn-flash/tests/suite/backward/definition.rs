@@ -1,6 +1,6 @@
 //! Against the definition in f64: masks, score mods, sizes, dropout, norms.
 
-use crate::case::{Case, spec};
+use super::case::{Case, spec};
 use attn_core::AttnShape;
 use attn_core::dropout::Dropout;
 use attn_core::mask::{And, Band, DenseMask, Documents, KeysBelow, Mask, Or, Pair, Predicate, SeeAll};

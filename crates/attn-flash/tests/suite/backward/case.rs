@@ -5,7 +5,7 @@ use attn_core::mask::{Mask, Pair};
 use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::simd::{Isa, with_isa};
 use attn_core::{AttnShape, OutMut, TensorView, View, ViewMut};
-use attn_flash::engine::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend, attend_backward};
+use attn_flash::engine::{ForwardResult, Grads, OutputGrad, Problem, Spec, attend_any, attend_backward_any};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::inputs;
 
@@ -54,7 +54,7 @@ impl Case {
         let mut out = vec![f32::NAN; self.shape.out().iter().product()];
         let mut lse = vec![f32::NAN; self.shape.rows()];
         let view = ViewMut::contiguous("out", &mut out, self.shape.out()).unwrap();
-        attend(problem, view.into(), Some(&mut lse), spec).unwrap();
+        attend_any(problem, view.into(), Some(&mut lse), spec).unwrap();
         (out, lse)
     }
 
@@ -68,7 +68,7 @@ impl Case {
         let out = View::contiguous("out", &out, self.shape.out()).unwrap().into();
         let forward = ForwardResult { out, lse: &lse };
         let grad = OutputGrad { out: self.grad_out(), lse: Some(&self.grad_lse) };
-        self.collect(spec, bias, |grads| attend_backward(problem, forward, grad, grads, spec))
+        self.collect(spec, bias, |grads| attend_backward_any(problem, forward, grad, grads, spec))
     }
 
     /// Buffers full of NaN, so that a row nobody writes is seen.

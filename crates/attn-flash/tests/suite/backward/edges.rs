@@ -1,7 +1,7 @@
 //! What must not leak, what must not matter, and what is refused.
 
-use crate::case::{Case, TOL, spec};
-use crate::definition::shape;
+use super::case::{Case, TOL, spec};
+use super::definition::shape;
 use attn_core::dropout::Dropout;
 use attn_core::exact::Exact;
 use attn_core::mask::{And, Band, Head, KeysBelow, Mask, Pair, Predicate, SeeAll};
@@ -10,7 +10,7 @@ use attn_core::score::{Bias, ScoreFn, Unchanged};
 use attn_core::{AttnShape, Element, TensorView, View};
 use attn_flash::engine::ForwardResult;
 use attn_flash::engine::{
-    Grads, KvView, OutputGrad, Problem, RowState, Spec, attend_backward, attend_backward_from_delta,
+    Grads, KvView, OutputGrad, Problem, RowState, Spec, attend_backward_any, attend_backward_from_delta_any,
 };
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::gradient::{Claim, GradientCheck};
@@ -131,7 +131,7 @@ fn parts_of_a_merged_result_add_up() {
     let state = RowState { lse: &lse, delta: &delta, grad_out: case.grad_out() };
     let of = |mask: &dyn Mask| {
         let spec = spec(mask, &Unchanged);
-        case.collect(&spec, None, |grads| attend_backward_from_delta(problem(), state, grads, &spec))
+        case.collect(&spec, None, |grads| attend_backward_from_delta_any(problem(), state, grads, &spec))
     };
     let (a, b) = (of(&near), of(&far));
     for (name, a, b, want) in [("dq", a.q, b.q, want.q), ("dk", a.k, b.k, want.k), ("dv", a.v, b.v, want.v)] {
@@ -197,7 +197,8 @@ fn check_storage<E: Element>(layout: Layout, tol: f64) {
         k.view_mut("k").unwrap().into(),
         v.view_mut("v").unwrap().into(),
     );
-    attend_backward(problem, ForwardResult { out: view, lse: &lse }, grad, buffers, &spec).unwrap();
+    attend_backward_any(problem.into(), ForwardResult { out: view, lse: &lse }, grad, buffers, &spec)
+        .unwrap();
     for (name, got, want) in [("dq", q, want.q), ("dk", k, want.k), ("dv", v, want.v)] {
         let what = format!("{name} {layout:?} {:?}", E::DTYPE);
         assert_close(&what, &got.to_rows(), &want, Tol::ScaledMax(tol));
@@ -232,7 +233,7 @@ fn what_does_not_fit_is_refused_and_nothing_is_written() {
             let grad = OutputGrad { out: case.grad_out(), lse: None };
             let closure = ScoreFn(|score: f32, _: Pair| score);
             let spec = if fixed { spec(&SeeAll, &Unchanged) } else { spec(&SeeAll, &closure) };
-            attend_backward(problem, forward, grad, grads, &spec).unwrap_err().to_string()
+            attend_backward_any(problem, forward, grad, grads, &spec).unwrap_err().to_string()
         };
     let mut nothing = |_: &mut Grads<'_>| {};
     let no_slope = error(x.into(), &lse, &mut nothing, false);

@@ -1,6 +1,6 @@
 //! `Attention` on tensors: the methods that every variant has.
 
-use crate::naive::{max_difference, random};
+use super::naive::{max_difference, random};
 use attn_core::candle::CandleAttention;
 use attn_core::candle::candle_core::{D, DType, Device, Result, Tensor, Var};
 use attn_flash::Flash;

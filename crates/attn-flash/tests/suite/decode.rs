@@ -4,7 +4,7 @@ use attn_core::mask::{Band, DenseMask, Mask, Pair, Predicate};
 use attn_core::score::{ScoreFn, ScoreMod, Unchanged};
 use attn_core::simd::{Isa, with_isa};
 use attn_core::{AttnShape, Element, View, ViewMut};
-use attn_flash::engine::{KvView, Problem, Spec, attend};
+use attn_flash::engine::{KvView, Problem, Spec, attend_any};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::inputs;
 use half::{bf16, f16};
@@ -81,7 +81,7 @@ fn run(problem: Problem<'_>, spec: &Spec<'_, dyn Mask + '_, dyn ScoreMod + '_>) 
     let shape = problem.shape();
     let (mut out, mut lse) = (vec![f32::NAN; shape.out().iter().product()], vec![f32::NAN; shape.rows()]);
     let view = ViewMut::contiguous("out", &mut out, shape.out()).unwrap();
-    attend(problem, view.into(), Some(&mut lse), spec).unwrap();
+    attend_any(problem, view.into(), Some(&mut lse), spec).unwrap();
     (out, lse)
 }
 

@@ -1,6 +1,6 @@
 //! The functions of candle-flash-attn, each against candle's own operations, forwards and backwards.
 
-use crate::naive::{Naive, max_difference};
+use super::naive::{Naive, max_difference};
 use attn_core::candle::candle_core::{DType, Device, Result, Tensor, Var};
 use attn_flash as candle_flash_attn;
 

@@ -1,6 +1,6 @@
 //! Decoding on tensors from contiguous and paged caches.
 
-use crate::naive::{max_difference, random};
+use super::naive::{max_difference, random};
 use attn_core::candle::CandleAttention;
 use attn_core::candle::candle_core::{Result, Tensor, Var};
 use attn_flash::Flash;

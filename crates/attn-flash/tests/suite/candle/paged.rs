@@ -1,6 +1,6 @@
 //! candle-flash-attn's function for pages, against the definition on the sequences that the pages hold.
 
-use crate::naive::{Naive, max_difference};
+use super::naive::{Naive, max_difference};
 use attn_core::candle::candle_core::{DType, Device, IndexOp, Result, Tensor, Var};
 use attn_flash::flash_attn_varlen_paged_windowed;
 

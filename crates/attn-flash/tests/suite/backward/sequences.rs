@@ -1,6 +1,6 @@
 //! Packed sequences against each of them alone.
 
-use crate::case::{Case, TOL, spec};
+use super::case::{Case, TOL, spec};
 use attn_core::AttnShape;
 use attn_core::mask::{BandPerBatch, Mask, SeeAll};
 use attn_core::score::Unchanged;

@@ -1,5 +1,4 @@
 //! On candle tensors: the same numbers and gradients as candle's own matmul, softmax, matmul.
-#![cfg(feature = "candle")]
 
 mod bad_input;
 mod caches;

@@ -9,7 +9,7 @@ use attn_core::{
     Attention, AttnError, AttnShape, OutMut, Qkv, Result, SoftmaxAttention, StreamShape, Streaming, View,
     ViewMut,
 };
-use attn_flash::engine::{ForwardResult, Grads, KvView, OutputGrad, PagedKv, Problem, Spec, attend};
+use attn_flash::engine::{AnySpec, ForwardResult, Grads, KvView, OutputGrad, PagedKv, Problem, attend_any};
 use attn_flash::{Flash, FlashCall, Naive, TileSizes};
 use half::bf16;
 
@@ -104,8 +104,9 @@ fn configurations_that_mean_nothing() {
     let naive = Naive { softmax_scale: Some(f32::NAN), causal: false };
     let error = refused("naive", SHAPE.out(), 0, |out, _| naive.forward(tensors.qkv(), out));
     assert_says("naive", &error, &["softmax_scale is NaN"]);
-    let spec = Spec::new(f32::NAN, &attn_core::mask::SeeAll, &attn_core::score::Unchanged);
-    let error = refused("engine", SHAPE.out(), 0, |out, _| attend(tensors.qkv(), out, None, &spec));
+    let spec = AnySpec::new(f32::NAN, &attn_core::mask::SeeAll, &attn_core::score::Unchanged);
+    let error =
+        refused("engine", SHAPE.out(), 0, |out, _| attend_any(tensors.qkv().into(), out, None, &spec));
     assert_says("engine", &error, &["softmax_scale is NaN"]);
     for (block_q, block_kv, words) in
         [(0, 8, "block_q is 0"), (48, 8, "block_q is 48"), (32, 0, "block_kv is 0")]

@@ -7,7 +7,7 @@ use attn_core::score::{Alibi, Bias, ScoreFn, ScoreMod, SoftCap, Then, Unchanged}
 use attn_core::simd::{Isa, with_isa};
 use attn_core::{AttnShape, Qkv, View, ViewMut};
 use attn_flash::TileSizes;
-use attn_flash::engine::{Spec, attend};
+use attn_flash::engine::{Spec, attend_any};
 
 /// Deterministic numbers of about unit variance.
 fn numbers(len: usize, seed: u64) -> Vec<f32> {
@@ -48,7 +48,7 @@ impl Problem {
         let mut out = vec![f32::NAN; self.shape.out().iter().product()];
         let mut lse = vec![f32::NAN; self.shape.rows()];
         let view = ViewMut::contiguous("out", &mut out, self.shape.out()).unwrap();
-        attend(self.qkv(), view.into(), Some(&mut lse), spec).unwrap();
+        attend_any(self.qkv().into(), view.into(), Some(&mut lse), spec).unwrap();
         (out, lse)
     }
 
@@ -222,7 +222,7 @@ fn bad_arguments_are_errors_and_nothing_is_written() {
     let mut run = |lse: Option<&mut [f32]>, key_bias: Option<&[f32]>, softmax_scale: f32| {
         let view = ViewMut::contiguous("out", &mut out, problem.shape.out()).unwrap();
         let spec = Spec { key_bias, softmax_scale, ..spec(&SeeAll, &Unchanged) };
-        attend(problem.qkv(), view.into(), lse, &spec).unwrap_err().to_string()
+        attend_any(problem.qkv().into(), view.into(), lse, &spec).unwrap_err().to_string()
     };
     let short_lse = run(Some(&mut [0.0; 7]), None, 1.0);
     assert!(short_lse.contains("lse: rows is 7, expected 8"), "{short_lse}");
