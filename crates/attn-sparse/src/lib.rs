@@ -5,6 +5,7 @@
 //! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`BlockIndexer`] | the blocks with the largest token score of an indexer |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`CompressedAttention`] | its window, and entries that stand for many tokens: all, or those an indexer chooses |
 //! | [`DilatedWindow`] | every `dilation`-th key near it |
 //! | [`Documents`] | its own document |
 //! | [`Dsa`] | the tokens that a lightning indexer scores highest |
@@ -44,8 +45,9 @@ pub use patterns::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use routed::{
-    BlockIndexer, BlockIndexerInputs, Branch, ChunkMeans, CompressedKv, Decided, Dsa, DsaInputs, IndexKeys,
-    Moba, Nsa, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
+    BlockIndexer, BlockIndexerInputs, Branch, ChunkMeans, CompressedAttention, CompressedGrads,
+    CompressedInputs, CompressedKv, CompressedOutputs, Decided, Dsa, DsaInputs, Entries, EntryIndexer,
+    IndexKeys, Moba, Nsa, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Pooling, Routed, Router,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 

@@ -2,6 +2,7 @@
 
 mod routed {
     mod choices;
+    mod compressed;
     mod golden;
     mod nsa;
     mod promises;

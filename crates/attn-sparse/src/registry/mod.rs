@@ -1,5 +1,6 @@
 //! The sparse variants by name.
 
+mod compressed;
 mod masks;
 mod named;
 mod nsa;

@@ -11,7 +11,7 @@ use attn_core::registry::{
 };
 use attn_core::{Attention, AttnError, Family, Result, SoftmaxAttention};
 
-const INDEX_DIM: OptionSpec = OptionSpec {
+pub(super) const INDEX_DIM: OptionSpec = OptionSpec {
     name: "index_dim",
     default: "",
     help: "channels of q and k that the index keeps where none is given; default a quarter of head_dim",
@@ -75,6 +75,8 @@ pub(super) fn entries() -> Vec<Entry> {
             runner: run_block_indexer,
         },
         super::nsa::entry(),
+        super::compressed::heavy(),
+        super::compressed::sparse(),
     ]
 }
 
@@ -87,7 +89,7 @@ fn moba(options: &Options) -> Result<Moba> {
     Ok(Moba { chunk_len: at_least_1(options, "chunk_len", 512)?, top_k: at_least_1(options, "top_k", 8)? })
 }
 
-fn index_dim(options: &Options) -> Result<Option<usize>> {
+pub(super) fn index_dim(options: &Options) -> Result<Option<usize>> {
     match options.get("index_dim")? {
         Some(0) => Err(AttnError::value("option `index_dim`", 0, "at least 1")),
         width => Ok(width),

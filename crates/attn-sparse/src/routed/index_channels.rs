@@ -47,6 +47,12 @@ impl IndexKeys {
         }
     }
 
+    /// Appends a key to one series: that of a batch entry and key/value head.
+    pub(super) fn push(&mut self, head: usize, row: &[f32]) {
+        let channels: Vec<usize> = (0..self.width).map(|c| self.channel(c)).collect();
+        self.heads[head].push(channels.into_iter().map(|c| row[c]));
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.heads.iter().map(KeyPanels::bytes).sum()
     }

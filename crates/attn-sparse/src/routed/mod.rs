@@ -7,11 +7,13 @@
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
 //!
 //! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
-//! compressed blocks, and adds them to two other branches.
+//! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
 
 mod block_indexer;
+mod compressed;
 mod decided;
 mod dsa;
+mod ended;
 mod index_channels;
 mod index_inputs;
 mod indexer;
@@ -23,6 +25,9 @@ mod rows;
 mod stream;
 
 pub use block_indexer::BlockIndexer;
+pub use compressed::{
+    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer, Pooling,
+};
 pub use decided::Decided;
 pub(crate) use decided::given_lists;
 pub use dsa::Dsa;

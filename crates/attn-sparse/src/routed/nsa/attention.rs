@@ -1,7 +1,7 @@
 //! Native sparse attention as an [`Attention`].
 
 use super::branches::Rows;
-use super::compression::{Compressed, Ended};
+use super::compression::Compressed;
 use super::inputs::{NsaInputs, NsaOutputs};
 use super::stream::NsaStream;
 use super::{Nsa, NsaGates};
@@ -160,8 +160,10 @@ impl Attention for Nsa {
         let exact =
             |x: &Qkv<'_>, mask: &dyn Mask| Ok(Exact { softmax_scale, mask, ..Exact::default() }.all(x)?.out);
         let rows = Rows { shape: s, softmax_scale: 1.0 };
-        let mut branches =
-            vec![exact(&means, &Ended::of(self, &s))?, exact(x, self.decision(&s, &parts.selected)?.mask())?];
+        let mut branches = vec![
+            exact(&means, &Rows { shape: s, softmax_scale: 1.0 }.ended(self))?,
+            exact(x, self.decision(&s, &parts.selected)?.mask())?,
+        ];
         if self.window > 0 {
             branches.push(exact(x, &rows.band(self))?);
         }

@@ -1,9 +1,10 @@
 //! The three branches, for some rows of queries against all keys up to theirs.
 
 use super::Nsa;
-use super::compression::{Compressed, Ended};
+use super::compression::Compressed;
 use super::inputs::{Branch, NsaOutputs};
 use crate::decider::Decision;
+use crate::routed::ended::Ended;
 use crate::routed::given_lists;
 use crate::routed::router::{rows_apart, visible};
 use attn_core::mask::{Align, Band, Mask};
@@ -25,7 +26,7 @@ impl Rows {
     }
 
     pub(super) fn ended(&self, nsa: &Nsa) -> Ended {
-        Ended::of(nsa, &self.shape)
+        Ended::of(nsa.compress_len, nsa.compress_stride, &self.shape)
     }
 
     /// The window's mask.

@@ -1,12 +1,10 @@
-//! Compressed blocks: means of overlapping stretches of keys and values, and who sees them.
+//! Compressed blocks: means of overlapping stretches of keys and values.
 
 use super::Nsa;
 use crate::routed::key_panels::KeyPanels;
 use crate::routed::rows::rows_f32;
-use attn_core::mask::{Cover, Head, Mask, Pair};
-use attn_core::{AttnShape, Result, StreamShape, TensorView, View};
+use attn_core::{Result, StreamShape, TensorView, View};
 use std::collections::VecDeque;
-use std::ops::Range;
 
 /// Compressed keys and values of a batch, growing at the end.
 #[derive(Debug)]
@@ -138,46 +136,6 @@ impl Nsa {
             {
                 row.iter_mut().zip(grad_mean).for_each(|(to, x)| *to += x * mean);
             }
-        }
-    }
-}
-
-/// A query sees the compressed blocks that end at its position or before.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Ended {
-    pub(super) nsa: Nsa,
-    /// Position of query 0.
-    pub(super) offset: isize,
-}
-
-impl Ended {
-    pub(super) fn of(nsa: &Nsa, s: &AttnShape) -> Self {
-        Self { nsa: *nsa, offset: s.n_kv as isize - s.n_q as isize }
-    }
-
-    /// Blocks that row `i` sees: the first so many.
-    pub(super) fn visible(&self, i: usize) -> usize {
-        self.nsa.n_complete((self.offset + i as isize + 1).max(0) as usize)
-    }
-}
-
-impl Mask for Ended {
-    fn sees(&self, pair: Pair) -> bool {
-        pair.j < self.visible(pair.i)
-    }
-
-    fn spans(&self, _: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
-        let end = if rows.is_empty() { 0 } else { self.visible(rows.end - 1).min(n_kv) };
-        if end == 0 { Vec::new() } else { std::iter::once(0..end).collect() }
-    }
-
-    fn cover(&self, _: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
-        if keys.start >= self.visible(rows.end - 1) {
-            Cover::Empty
-        } else if keys.end <= self.visible(rows.start) {
-            Cover::Full
-        } else {
-            Cover::Partial
         }
     }
 }

@@ -3,11 +3,12 @@
 //! Scores are made for a few rows against all compressed keys that they see, `O(rows n / t)` floats a thread. For a single new
 //! token the threads share the compressed keys instead, and the compressed branch's output falls out of the same pass.
 
-use super::compression::{Compressed, CompressedHead, Ended};
+use super::compression::{Compressed, CompressedHead};
 use super::inputs::Branch;
 use super::segment::{Segment, Weigh};
 use super::{Nsa, branches::Rows};
 use crate::routed::dsa::may_enter;
+use crate::routed::ended::Ended;
 use crate::routed::key_panels::PANEL;
 use crate::routed::rows::rows_f32;
 use crate::select::TopK;

@@ -40,6 +40,7 @@ mod stream;
 
 pub use inputs::{Branch, CompressedKv, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
 
+use super::ended::n_ended;
 use attn_core::{AttnError, Result};
 
 /// Sizes of the three branches; see the module.
@@ -89,7 +90,7 @@ impl Nsa {
 
     /// Compressed blocks that end within the first `n` keys.
     fn n_complete(&self, n: usize) -> usize {
-        if n < self.compress_len { 0 } else { (n - self.compress_len) / self.compress_stride + 1 }
+        n_ended(n, self.compress_len, self.compress_stride)
     }
 
     /// Branches that take part.
