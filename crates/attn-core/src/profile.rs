@@ -62,8 +62,18 @@ pub enum Target {
 pub enum Causality {
     /// All of them.
     Bidirectional,
+    /// No query attends a later key, but which of the earlier ones it attends may depend on later queries and keys: block
+    /// selectors for prefill. Changing later values never changes an earlier output, not by one bit.
+    Masked,
     /// Changing inputs at later positions never changes an earlier output, not by one bit.
     Strict,
+}
+
+impl Causality {
+    /// Whether no query attends a later key.
+    pub fn is_causal(self) -> bool {
+        self != Self::Bidirectional
+    }
 }
 
 /// How time or memory beyond the inputs and the output grows with the length `n`.

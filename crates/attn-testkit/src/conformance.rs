@@ -82,6 +82,7 @@
 //! | `instruction-sets` | all | so does every instruction set of this CPU |
 //! | `extreme-scores` | all | huge scores and values give finite outputs that agree |
 //! | `causal-option` | `causal=true` | the profile says `Strict` |
+//! | `masked-causality` | `Causality::Masked` | later values change no earlier output, not by one bit |
 //! | `strict-causality` | `Causality::Strict` | later inputs change no earlier output, not by one bit |
 //! | `convexity` | `convex` | outputs lie between the values seen |
 //! | `key-order` | `key_order_free` | shuffled keys change nothing but rounding |

@@ -19,8 +19,9 @@ pub struct Sweep {
     /// Lengths: a range that doubles (1k..64k) or a list (1k,4k,16k); default 1k..64k
     #[arg(long, value_name = "LENGTHS")]
     pub n: Option<String>,
-    /// Variants, comma-separated, from `attn list`; or all that can do the mode
-    #[arg(long, default_value = "all")]
+    /// Variants, comma-separated, from `attn list`; or a family, `all`, or `usual` (a few of each family): of these, all
+    /// that can do the mode
+    #[arg(long, default_value = "usual")]
     pub variants: String,
     /// An option of a variant, as variant.key=value; may be repeated
     #[arg(long = "set", value_name = "VARIANT.KEY=VALUE")]

@@ -2,7 +2,7 @@
 
 use crate::{LabError, Result, registry};
 use attn_core::registry::{Entry, Options};
-use attn_core::{Attention, AttnError, AttnShape, Causality, DType};
+use attn_core::{Attention, AttnError, AttnShape, Causality, DType, Family};
 
 /// What every variant of a sweep has to do.
 #[derive(Debug, Clone, Copy)]
@@ -25,17 +25,44 @@ pub struct Chosen {
     pub attention: Box<dyn Attention>,
 }
 
-/// The variants called by `names` (comma-separated, or `all`), with options `variant.key=value`; and, for `all`, why
-/// others were left out.
+/// What `usual` stands for: a few of each family, so that a sweep of minutes reaches long sequences.
+const USUAL: &[&str] = &[
+    "flash",
+    "naive",
+    "sliding-window",
+    "sink-window",
+    "chunked-causal",
+    "linear-elu",
+    "retnet",
+    "gla",
+    "gated-deltanet",
+    "h-transformer-1d",
+];
+
+/// The variants called by one of the names that stand for many.
+fn many(name: &str) -> Option<Vec<Entry>> {
+    let all = registry::all();
+    let family: Option<Family> = name.parse().ok();
+    let taken = |entry: &Entry| match (name, family) {
+        ("all", _) => true,
+        ("usual", _) => USUAL.contains(&entry.name),
+        (_, Some(family)) => entry.family == family,
+        _ => false,
+    };
+    let chosen: Vec<Entry> = all.into_iter().filter(taken).collect();
+    if chosen.is_empty() { None } else { Some(chosen) }
+}
+
+/// The variants called by `names` (comma-separated, or one word for many: `all`, `usual`, a family), with options
+/// `variant.key=value`; and, for such a word, why others were left out.
 ///
 /// # Errors
 /// [`LabError`] for unknown variants or options, and for a named variant that cannot do what is demanded.
 pub fn choose(names: &str, set: &[String], demand: &Demand) -> Result<(Vec<Chosen>, Vec<String>)> {
-    let all = names.trim() == "all";
-    let mut entries: Vec<Entry> = Vec::new();
-    if all {
-        entries = registry::all();
-    } else {
+    let many = many(names.trim());
+    let all = many.is_some();
+    let mut entries = many.unwrap_or_default();
+    if !all {
         for name in names.split(',').map(str::trim).filter(|name| !name.is_empty()) {
             let entry = registry::get(name)?;
             if entries.iter().all(|known| known.name != entry.name) {
@@ -45,7 +72,7 @@ pub fn choose(names: &str, set: &[String], demand: &Demand) -> Result<(Vec<Chose
     }
     if entries.is_empty() {
         return Err(LabError::Argument(
-            "--variants names no variant; expected `all` or names of `attn list`".into(),
+            "--variants names no variant; expected `usual`, `all`, a family, or names of `attn list`".into(),
         ));
     }
     let given = given_options(set, &entries)?;
@@ -103,7 +130,9 @@ fn configure(entry: Entry, given: Options, causal: bool) -> attn_core::Result<Ch
 fn refusal(variant: &Chosen, demand: &Demand) -> Option<String> {
     let profile = variant.attention.profile();
     match (profile.causality, demand.causal) {
-        (Causality::Strict, false) => return Some("is causal as configured; sweep it with --causal".into()),
+        (Causality::Strict | Causality::Masked, false) => {
+            return Some("is causal as configured; sweep it with --causal".into());
+        }
         (Causality::Bidirectional, true) => {
             return Some("is bidirectional as configured; sweep it with --bidirectional".into());
         }
@@ -130,9 +159,19 @@ mod tests {
         for causal in [false, true] {
             let (chosen, _) = choose("all", &[], &demand(causal)).unwrap();
             assert!(chosen.iter().any(|c| c.entry.name == "flash"));
-            let want = if causal { Causality::Strict } else { Causality::Bidirectional };
-            assert!(chosen.iter().all(|c| c.attention.profile().causality == want));
+            assert!(chosen.iter().all(|c| c.attention.profile().causality.is_causal() == causal));
         }
+    }
+
+    #[test]
+    fn one_word_stands_for_many() {
+        let names = |word: &str, causal| -> Vec<&str> {
+            choose(word, &[], &demand(causal)).unwrap().0.iter().map(|c| c.entry.name).collect()
+        };
+        assert_eq!(names("usual", true), USUAL);
+        assert!(names("sparse", true).contains(&"sink-window") && !names("sparse", true).contains(&"flash"));
+        let (_, left_out) = choose("usual", &[], &demand(false)).unwrap();
+        assert!(left_out.iter().any(|why| why.contains("sink-window")), "{left_out:?}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::tolerance;
 use attn_core::exact::Exact;
 use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::simd::{Isa, with_isa};
-use attn_core::{AttnShape, Causality, DType, Element};
+use attn_core::{AttnShape, DType, Element};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +49,7 @@ pub(super) fn softmax(v: &Subject<'_>) -> Outcome {
     for (seed, shape) in edge_shapes(&v.profile).into_iter().enumerate() {
         let problem = Problem::normal(shape, seed as u64);
         let causal = Band::causal(&shape, Align::BottomRight);
-        let mask: &dyn Mask = if v.profile.causality == Causality::Strict { &causal } else { &SeeAll };
+        let mask: &dyn Mask = if v.profile.causality.is_causal() { &causal } else { &SeeAll };
         let exact = Exact { softmax_scale: scale, mask, ..Exact::default() };
         let want = exact.all(&problem.qkv().map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
         let tol = tolerance::output(&v.profile, DType::F32);

@@ -39,7 +39,7 @@ fn has_exact_softmax_rows(v: &Subject<'_>) -> bool {
 }
 
 /// Every promise, cheap ones first.
-pub(super) const PROMISES: [Promise; 25] = [
+pub(super) const PROMISES: [Promise; 26] = [
     promise("names", always, interface::names),
     promise("options", always, interface::options),
     promise("cost", always, interface::cost),
@@ -53,6 +53,7 @@ pub(super) const PROMISES: [Promise; 25] = [
     promise("extreme-scores", always, agreement::extreme_scores),
     promise("causal-option", |v| v.options.get("causal") == Ok(Some(true)), visibility::causal_option),
     promise("strict-causality", is_strict, visibility::strict_causality),
+    promise("masked-causality", |v| v.profile.causality == Causality::Masked, visibility::masked_causality),
     promise("convexity", |v| v.profile.convex, visibility::convexity),
     promise("key-order", |v| v.profile.key_order_free, visibility::key_order),
     promise("batch-independence", always, visibility::batch_independence),
