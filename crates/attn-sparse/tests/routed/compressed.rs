@@ -21,11 +21,17 @@ fn configured(case: &GoldenCase) -> Options {
 }
 
 #[test]
-fn stored_entries_choices_and_outputs() {
-    for (name, sparse) in [("compressed-heavy", false), ("compressed-sparse", true)] {
+fn stored_entries_and_outputs() {
+    for name in ["compressed-heavy", "compressed-sparse"] {
         for case in cases(name, 1) {
-            let options = configured(&case);
-            let got = run(name, &options, &case.inputs);
+            let mut given = case.inputs.clone();
+            if name == "compressed-sparse" {
+                // The stored choice instead of the indexer.
+                given.0.retain(|name, _| !name.starts_with("index_"));
+                let mask = case.given.require("compressed_mask").unwrap().clone();
+                given.0.insert("compressed_mask".into(), mask);
+            }
+            let got = run(name, &configured(&case), &given);
             case.assert_outputs(&got);
             let entries = case.aux.require("compressed").unwrap().data.to_f64();
             assert_close(
@@ -34,15 +40,67 @@ fn stored_entries_choices_and_outputs() {
                 &entries,
                 Tol::ScaledMax(1e-6),
             );
-            if sparse {
-                // The stored choice instead of the indexer: the same outputs, to the bit.
-                let mut given = case.inputs.clone();
-                given.0.retain(|name, _| !name.starts_with("index_"));
-                let mask = case.given.require("compressed_mask").unwrap().clone();
-                given.0.insert("compressed_mask".into(), mask);
-                assert_eq!(run(name, &options, &given), got);
+        }
+    }
+}
+
+#[test]
+fn stored_choices_of_entries() {
+    for case in cases("compressed-sparse", 1) {
+        let (options, floats) =
+            (configured(&case), |x: &NamedTensors, name: &str| x.require(name).unwrap().data.to_f64());
+        // Index keys are made as entries are.
+        let mut index = case.inputs.clone();
+        for (to, from) in [
+            ("compress_kv", "index_kv"),
+            ("compress_gate", "index_gate"),
+            ("position_bias", "index_position_bias"),
+        ] {
+            index.0.insert(to.into(), case.inputs.require(from).unwrap().clone());
+        }
+        let keys = floats(&run("compressed-sparse", &options, &index), "compressed");
+        let (q, w) = (floats(&case.inputs, "index_q"), floats(&case.inputs, "index_w"));
+        let [_, heads, n, width] = case.inputs.require("index_q").unwrap().shape[..] else {
+            panic!("four axes")
+        };
+        let score = |i: usize, e: usize| -> f64 {
+            let product = |h: usize| {
+                let q = &q[(h * n + i) * width..][..width];
+                q.iter().zip(&keys[e * width..]).map(|(q, k)| q * k).sum::<f64>()
+            };
+            (0..heads).map(|h| w[h * n + i] * product(h).max(0.0)).sum()
+        };
+        let stored = floats(&case.given, "compressed_mask");
+        let (top_k, n_entries) = (size(&case, "index_topk"), stored.len() / n);
+        let ours = run("compressed-sparse", &options, &case.inputs);
+        let mut ties = 0;
+        for i in 0..n {
+            let visible = (i + 1) / size(&case, "compress_rate");
+            let mut order: Vec<usize> = (0..visible).collect();
+            order.sort_by(|a, b| score(i, *b).total_cmp(&score(i, *a)).then(a.cmp(b)));
+            order.truncate(top_k);
+            let mut want: Vec<usize> = (0..n_entries).filter(|e| stored[i * n_entries + e] != 0.0).collect();
+            want.sort_by(|a, b| score(i, *b).total_cmp(&score(i, *a)).then(a.cmp(b)));
+            // Where relu leaves many zeros the reference takes any of them, we the first.
+            let scores = |list: &[usize]| list.iter().map(|e| score(i, *e)).collect::<Vec<f64>>();
+            assert_close(&format!("row {i}"), &scores(&order), &scores(&want), Tol::ScaledMax(1e-6));
+            if order != want {
+                ties += 1;
+                continue;
+            }
+            let (got, want) = (floats(&ours, "o"), floats(&case.outputs, "o"));
+            let d = got.len() / (2 * n);
+            for row in [i, n + i] {
+                let row = row * d..(row + 1) * d;
+                assert_close(
+                    &format!("row {i}"),
+                    &got[row.clone()],
+                    &want[row],
+                    Tol::AllClose { atol: 2e-5, rtol: 0.0 },
+                );
             }
         }
+        assert!(ties < n / 4, "{ties} rows are undecided");
     }
 }
 
