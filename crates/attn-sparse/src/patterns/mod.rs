@@ -17,6 +17,7 @@ mod spans;
 mod tests;
 
 pub use chunked_causal::ChunkedCausal;
+pub(crate) use chunked_causal::SameChunk;
 pub use compose::{Intersection, Union};
 pub use dilated_window::DilatedWindow;
 pub use documents::{DocumentLayout, Documents};

@@ -1,9 +1,11 @@
 //! The sparse variants by name.
 
 mod compressed;
+mod flex;
 mod masks;
 mod named;
 mod nsa;
+mod prefill;
 mod routed;
 mod windows;
 
@@ -13,7 +15,9 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [masks::entries(), routed::entries(), windows::entries()].into_iter().flatten().collect()
+    let groups =
+        [flex::entries(), masks::entries(), prefill::entries(), routed::entries(), windows::entries()];
+    groups.into_iter().flatten().collect()
 }
 
 /// The decider with the options that all have.

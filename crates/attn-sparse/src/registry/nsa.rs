@@ -2,7 +2,7 @@
 
 use super::routed::{CAUSAL, floats, slots};
 use super::{at_least_1, only_causal};
-use crate::{Branch, CompressedKv, Nsa, NsaGates, NsaInputs};
+use crate::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaInputs};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options};
 use attn_core::{DType, Family, Result};
 
@@ -96,7 +96,7 @@ fn run(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<Named
     let branches =
         [("compress", Some(&y.compress)), ("select", Some(&y.select)), ("window", y.window.as_ref())];
     for (name, branch) in branches {
-        if let Some(Branch { out: o, lse }) = branch {
+        if let Some(NsaBranch { out: o, lse }) = branch {
             give(&format!("o_{name}"), &out, o, DType::F32)?;
             give(&format!("lse_{name}"), rows, lse, DType::F32)?;
         }

@@ -34,5 +34,5 @@ pub use dsa::Dsa;
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
 pub use moba::{ChunkMeans, Moba};
-pub use nsa::{Branch, CompressedKv, Nsa, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
 pub use router::{Routed, Router};

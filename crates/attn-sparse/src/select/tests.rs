@@ -113,6 +113,7 @@ fn thresholds_and_softmax() {
     let weights = softmax(&[0.0, 3f32.ln(), f32::NEG_INFINITY]);
     assert!((weights[0] - 0.25).abs() < 1e-6 && (weights[1] - 0.75).abs() < 1e-6 && weights[2] == 0.0);
     assert_eq!(softmax(&[f32::NEG_INFINITY; 2]), [0.0; 2]);
+    assert_eq!(ranked(&[1.0, f32::NEG_INFINITY, 2.0, 1.0, f32::NAN]), [4, 2, 0, 3]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::Nsa;
 use super::compression::Compressed;
-use super::inputs::{Branch, NsaOutputs};
+use super::inputs::{NsaBranch, NsaOutputs};
 use crate::decider::Decision;
 use crate::routed::ended::Ended;
 use crate::routed::given_lists;
@@ -39,8 +39,8 @@ impl Rows {
     }
 
     /// Attends with f32 results.
-    fn branch(&self, problem: Problem<'_>, spec: &AnySpec<'_>) -> Result<Branch> {
-        let mut branch = Branch::unwritten(&self.shape);
+    fn branch(&self, problem: Problem<'_>, spec: &AnySpec<'_>) -> Result<NsaBranch> {
+        let mut branch = NsaBranch::unwritten(&self.shape);
         let out = ViewMut::contiguous("out", &mut branch.out, self.shape.out())?;
         attend_any(problem, out.into(), Some(&mut branch.lse), spec)?;
         Ok(branch)

@@ -7,7 +7,7 @@
 
 use super::branches::Rows;
 use super::compression::Compressed;
-use super::inputs::{Branch, NsaGrads, NsaInputs, NsaOutputs};
+use super::inputs::{NsaBranch, NsaGrads, NsaInputs, NsaOutputs};
 use super::{Nsa, inputs::NsaGates};
 use crate::routed::router::rows_apart;
 use crate::routed::rows::heads_f32;
@@ -25,7 +25,7 @@ struct BranchGrads {
 
 /// What a branch computed, and what weighs it.
 struct Step<'a> {
-    branch: &'a Branch,
+    branch: &'a NsaBranch,
     gate: &'a [f32],
     grad_out: &'a [f32],
 }

@@ -4,7 +4,7 @@
 //! token the threads share the compressed keys instead, and the compressed branch's output falls out of the same pass.
 
 use super::compression::{Compressed, CompressedHead};
-use super::inputs::Branch;
+use super::inputs::NsaBranch;
 use super::segment::{Segment, Weigh};
 use super::{Nsa, branches::Rows};
 use crate::routed::dsa::may_enter;
@@ -77,9 +77,9 @@ impl Nsa {
         compressed: &Compressed,
         q: &TensorView<'_>,
         rows: &Rows,
-    ) -> (Vec<Vec<usize>>, Branch) {
+    ) -> (Vec<Vec<usize>>, NsaBranch) {
         let (s, isa) = (rows.shape, Isa::current());
-        let (mut lists, mut branch) = (Vec::new(), Branch::unwritten(&s));
+        let (mut lists, mut branch) = (Vec::new(), NsaBranch::unwritten(&s));
         for head in 0..s.batch * s.n_heads_kv {
             let (batch, kv_head) = (head / s.n_heads_kv, head % s.n_heads_kv);
             let group = rows.group(q, (batch, kv_head), 0, 1);

@@ -82,25 +82,25 @@ pub struct NsaOutputs {
     /// The gated sum.
     pub out: Vec<f32>,
     /// The compressed branch.
-    pub compress: Branch,
+    pub compress: NsaBranch,
     /// The selected branch.
-    pub select: Branch,
+    pub select: NsaBranch,
     /// The window, if there is one.
-    pub window: Option<Branch>,
+    pub window: Option<NsaBranch>,
     /// Selected blocks, `[batch, n_heads_kv, n_q]`, each ascending.
     pub selected: Vec<Vec<usize>>,
 }
 
 /// One branch's softmax attention.
 #[derive(Debug, Clone, Default)]
-pub struct Branch {
+pub struct NsaBranch {
     /// `[batch, n_heads_q, n_q, head_dim_v]`; 0 for a row that sees nothing.
     pub out: Vec<f32>,
     /// `[batch, n_heads_q, n_q]`; -inf for a row that sees nothing.
     pub lse: Vec<f32>,
 }
 
-impl Branch {
+impl NsaBranch {
     pub(super) fn unwritten(s: &AttnShape) -> Self {
         Self { out: vec![f32::NAN; s.rows() * s.head_dim_v], lse: vec![f32::NAN; s.rows()] }
     }

@@ -38,7 +38,7 @@ mod inputs;
 mod segment;
 mod stream;
 
-pub use inputs::{Branch, CompressedKv, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use inputs::{CompressedKv, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
 
 use super::ended::n_ended;
 use attn_core::{AttnError, Result};
