@@ -2,7 +2,7 @@
 
 use super::routed::{CAUSAL, INDEX_DIM, check_shape, floats, index_dim, one_head};
 use super::{at_least_1, only_causal};
-use crate::{CompressedAttention, CompressedInputs, Entries, EntryIndexer, Pooling};
+use crate::{CompressedAttention, CompressedInputs, Entries, EntryIndexer, EntryPooling};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{DType, Family, Result};
 
@@ -82,7 +82,7 @@ fn run(entry: &Entry, options: &Options, tensors: &NamedTensors, sparse: bool) -
     let attention = configured(options, sparse)?;
     let series = |name: &str| one_head(tensors.require(name)?);
     let (kv_raw, kv, gate) = (series("kv_raw")?, series("compress_kv")?, series("compress_gate")?);
-    let compress = Pooling {
+    let compress = EntryPooling {
         kv: kv.view("compress_kv")?,
         gate: gate.view("compress_gate")?,
         position_bias: floats(tensors, "position_bias")?,
@@ -107,7 +107,7 @@ fn run(entry: &Entry, options: &Options, tensors: &NamedTensors, sparse: bool) -
         None => None,
         Some((kv, gate)) => Some(EntryIndexer {
             q: tensors.require("index_q")?.view("index_q")?,
-            compress: Pooling {
+            compress: EntryPooling {
                 kv: kv.view("index_kv")?,
                 gate: gate.view("index_gate")?,
                 position_bias: floats(tensors, "index_position_bias")?,

@@ -26,7 +26,8 @@ mod stream;
 
 pub use block_indexer::BlockIndexer;
 pub use compressed::{
-    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer, Pooling,
+    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer,
+    EntryPooling,
 };
 pub use decided::Decided;
 pub(crate) use decided::given_lists;

@@ -129,3 +129,16 @@ fn ranks_order_scores_then_indices() {
     }
     assert!(score_of(rank(f32::NAN, 0)).is_nan());
 }
+
+#[test]
+fn parts_of_a_stream_merge_into_the_whole() {
+    let scores = scores(3000, 5);
+    for k in [0, 1, 40, 5000] {
+        let mut parts = [TopK::new(k), TopK::new(k), TopK::new(k)];
+        scores.iter().enumerate().for_each(|(at, score)| parts[at / 1100].offer(*score, at));
+        let [mut first, second, third] = parts;
+        first.merge(&third);
+        first.merge(&second);
+        assert_eq!(first.take(), top_k(&scores, k), "k = {k}");
+    }
+}

@@ -1,6 +1,6 @@
 //! What compressed attention is given, and what it gives.
 
-use super::{CompressedAttention, Entries, Pooling};
+use super::{CompressedAttention, Entries, EntryPooling};
 use crate::routed::index_inputs::check_axes;
 use attn_core::{AttnError, Result, TensorView};
 
@@ -12,7 +12,7 @@ pub struct CompressedInputs<'a> {
     /// Keys and values of the window, `(batch, 1, n, head_dim)`.
     pub kv_raw: TensorView<'a>,
     /// What entries are made of.
-    pub compress: Pooling<'a>,
+    pub compress: EntryPooling<'a>,
     /// Sink logits `[n_heads_q]`.
     pub sinks: Option<&'a [f32]>,
     /// The indexer of the sparse form.
@@ -27,7 +27,7 @@ pub struct EntryIndexer<'a> {
     /// `(batch, index heads, n, index_dim)`.
     pub q: TensorView<'a>,
     /// What the index keys are made of, as entries are.
-    pub compress: Pooling<'a>,
+    pub compress: EntryPooling<'a>,
     /// `[batch, index heads, n]`; the sign matters.
     pub w: &'a [f32],
 }

@@ -34,7 +34,7 @@ mod pooling;
 mod stream;
 
 pub use inputs::{CompressedGrads, CompressedInputs, CompressedOutputs, EntryIndexer};
-pub use pooling::Pooling;
+pub use pooling::EntryPooling;
 
 use attn_core::{AttnError, Result};
 

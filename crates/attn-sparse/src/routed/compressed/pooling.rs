@@ -9,7 +9,7 @@ use attn_core::{AttnError, Result, TensorView};
 
 /// What entries are made of.
 #[derive(Debug, Clone, Copy)]
-pub struct Pooling<'a> {
+pub struct EntryPooling<'a> {
     /// `(batch, 1, n, width)`; twice the entries' width in the sparse form: the series for the next entry, then that for its own.
     pub kv: TensorView<'a>,
     /// As `kv`.
@@ -18,7 +18,7 @@ pub struct Pooling<'a> {
     pub position_bias: &'a [f32],
 }
 
-/// A [`Pooling`] in f32.
+/// A [`EntryPooling`] in f32.
 pub(super) struct Slots {
     batch: usize,
     n: usize,
@@ -31,7 +31,7 @@ pub(super) struct Slots {
     bias: Vec<f32>,
 }
 
-/// Gradients of a [`Pooling`].
+/// Gradients of a [`EntryPooling`].
 pub(super) struct PoolingGrads {
     pub(super) kv: Vec<f32>,
     pub(super) gate: Vec<f32>,
@@ -41,7 +41,7 @@ pub(super) struct PoolingGrads {
 impl Slots {
     pub(super) fn new(
         name: &str,
-        x: &Pooling<'_>,
+        x: &EntryPooling<'_>,
         rate: usize,
         twice: bool,
         [batch, n, entry]: [usize; 3],
