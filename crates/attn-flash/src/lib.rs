@@ -3,6 +3,7 @@
 //! - [`Flash`]: exact attention, the variant to call; [`FlashCall`]: with masks, score mods and further tensors.
 //! - [`Naive`]: the same by the textbook, row by row: what to compare with.
 //! - [`engine`]: the softmax engine underneath, with any mask and score function; attn-sparse and attn-hier drive it.
+//! - [`FormulaMask`], [`FormulaScore`]: masks and score mods written as text.
 //! - [`cache`]: contiguous and paged key/value caches in f32, bf16, f16 or int8.
 //! - [`candle`]: tensors in and out, gradients through candle's graph, and the functions of candle-flash-attn (feature
 //!   `candle`, on by default).
@@ -30,7 +31,7 @@ pub use candle::{
 pub use engine::HalfProducts;
 pub use flash::Flash;
 pub use naive::Naive;
-pub use registry::registry;
+pub use registry::{FormulaMask, FormulaScore, registry};
 pub use tiles::TileSizes;
 
 /// The snippets of the book's chapter on candle.

@@ -2,6 +2,7 @@
 
 use crate::attend::Call;
 use crate::decider::{Decider, Decision};
+use crate::memory::RememberingStream;
 use crate::score_rule::{Reads, ScoreRule, SharedScoreMod};
 use attn_core::exact::{Exact, Reference};
 use attn_core::score::{BiasIndex, Unchanged};
@@ -291,9 +292,29 @@ impl<D: Decider> Differentiable for SparseAttention<D> {
 
 impl<D: Decider> Streaming for SparseAttention<D> {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
-        match self.kept() {
-            Some(kept) => CachedStream::start(self.clone(), shape, kept),
-            None => Err(AttnError::unsupported(self.name, "streaming in this configuration")),
+        let Some(kept) = self.kept() else {
+            return Err(AttnError::unsupported(self.name, "streaming in this configuration"));
+        };
+        match self.decider.memory(&shape) {
+            Some(memory) => Ok(Box::new(RememberingStream::start(self.clone(), memory, shape)?)),
+            None => CachedStream::start(self.clone(), shape, kept),
         }
+    }
+}
+
+impl<D: Decider> SparseAttention<D> {
+    /// Attends pairs that are decided already, by [`Decider::decide`] or a [`Memory`](crate::Memory) of a cache that the
+    /// caller keeps.
+    ///
+    /// # Errors
+    /// [`AttnError`] if the decision, `out` or `lse` do not fit `x`; nothing has then been written.
+    pub fn attend_decided(
+        &self,
+        decision: &Decision,
+        x: Qkv<'_>,
+        out: OutMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        self.settings(&x.shape())?.call(decision).forward(x, out, lse)
     }
 }

@@ -11,9 +11,10 @@
 //! pairs; the choice itself has none.
 
 use crate::block_mask::{BlockMask, SharedMask};
+use crate::memory::Memory;
 use crate::residues::Residues;
 use attn_core::mask::{Head, Mask};
-use attn_core::{AttnShape, Causality, Growth, Qkv, Result};
+use attn_core::{AttnShape, Causality, Growth, Qkv, Result, StreamShape};
 use attn_flash::stream::Kept;
 use std::fmt;
 use std::sync::Arc;
@@ -34,6 +35,14 @@ pub trait Decider: Clone + Send + Sync + 'static {
 
     /// What it will take, known before it runs.
     fn work(&self, shape: &AttnShape) -> Work;
+
+    /// What a stream remembers of its keys besides the keys themselves (summaries of pages, say), for a decider that
+    /// would otherwise look at all of them for each token. Only asked where [`Promises::kept`] keeps all rows; `None`:
+    /// every piece is decided anew.
+    fn memory(&self, shape: &StreamShape) -> Option<Box<dyn Memory>> {
+        let _ = shape;
+        None
+    }
 }
 
 /// Which pairs are attended.
@@ -66,6 +75,12 @@ impl Decision {
         Self { arrangement: Arrangement::ByResidue(residues), ..Self::new(mask) }
     }
 
+    /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
+    /// result depends on nothing but what it sees, to the last bit.
+    pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
+        Self { arrangement: Arrangement::Apart, ..Self::new(mask) }
+    }
+
     /// The mask.
     pub fn mask(&self) -> &(dyn Mask + Send + Sync) {
         &*self.mask
@@ -78,6 +93,12 @@ impl Decision {
 
     pub(crate) fn arrangement(&self) -> &Arrangement {
         &self.arrangement
+    }
+
+    /// The same pairs, each row attended by itself: for rows that see few keys, and different ones.
+    #[must_use]
+    pub(crate) fn apart(self) -> Self {
+        Self { arrangement: Arrangement::Apart, ..self }
     }
 
     /// The keys `A(i)` of query row `i`, ascending, of `n_kv`.

@@ -8,8 +8,8 @@ use std::ops::Range;
 const ROWS: usize = 32;
 /// Keys that are asked about together.
 const KEYS: usize = 64;
-/// Blocks of rows that are counted; of more, as many evenly spread ones.
-const BLOCKS: usize = 128;
+/// Pairs that may be asked about; of longer problems, evenly spread blocks of rows are counted.
+const BUDGET: usize = 1 << 24;
 
 /// Batch entries and heads between which a mask tells no difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,11 +18,11 @@ pub(crate) struct Alike {
     pub(crate) heads: bool,
 }
 
-/// Pairs that the mask sees, over all heads of all batch entries. Exact up to 4096 query rows; beyond, extrapolated from as
-/// many rows spread evenly over the sequence.
+/// Pairs that the mask sees, over all heads of all batch entries. Exact up to 2^24 pairs a head; beyond, extrapolated from as
+/// many of blocks of rows spread evenly over the sequence.
 pub(crate) fn count_pairs(mask: &dyn Mask, shape: &AttnShape, alike: Alike) -> u64 {
     let n_blocks = shape.n_q.div_ceil(ROWS);
-    let counted = n_blocks.min(BLOCKS);
+    let counted = n_blocks.min((BUDGET / (ROWS * shape.n_kv.max(1))).max(1));
     let axis = |alike: bool, n: usize| if alike { (n.min(1), n as u64) } else { (n, 1) };
     let (heads, head_times) = axis(alike.heads, shape.n_heads_q);
     let (entries, batch_times) = axis(alike.batch, shape.batch);

@@ -8,8 +8,8 @@
 //! `p = i + n_kv - n_q`.
 
 use attn_core::mask::{Align, Pair};
-use attn_core::score::{Alibi, RelativeBias, ScoreMod, ScoreTile, SoftCap, Then};
-use attn_core::{AttnShape, Result};
+use attn_core::score::{Alibi, BiasIndex, RelativeBias, ScoreMod, ScoreTile, SoftCap, Then};
+use attn_core::{AttnError, AttnShape, Result};
 use std::fmt;
 use std::sync::Arc;
 
@@ -80,7 +80,7 @@ impl ScoreRule {
     /// `cap * tanh(s / cap)`; see [`SoftCap`].
     ///
     /// # Errors
-    /// [`attn_core::AttnError::Value`] unless the cap is positive and finite.
+    /// [`AttnError::Value`] unless the cap is positive and finite.
     pub fn soft_cap(cap: f32) -> Result<Self> {
         let score_mod: SharedScoreMod = Arc::new(SoftCap::new(cap)?);
         Ok(Self::by_shape(Reads::Score, move |_| Ok(score_mod.clone())))
@@ -92,6 +92,18 @@ impl ScoreRule {
         Self::by_shape(Reads::Distance, move |shape| {
             let slopes = slopes.clone().unwrap_or_else(|| Alibi::default_slopes(shape.n_heads_q));
             Ok(Arc::new(Alibi::new(slopes, shape, offset(shape))?))
+        })
+    }
+
+    /// `s + slope_h * (j - p)`, which falls before the query and rises behind it: FlexAttention's form of linear biases, the
+    /// same as [`ScoreRule::alibi`] under a causal mask. `None` takes the slopes of the paper.
+    pub fn linear(slopes: Option<Vec<f32>>) -> Self {
+        Self::by_shape(Reads::Distance, move |shape| {
+            let slopes = slopes.clone().unwrap_or_else(|| Alibi::default_slopes(shape.n_heads_q));
+            if slopes.len() != shape.n_heads_q {
+                return Err(AttnError::shape("slopes", "n_heads_q", slopes.len(), shape.n_heads_q));
+            }
+            Ok(Arc::new(Linear { slopes, offset: offset(shape) }))
         })
     }
 
@@ -127,7 +139,7 @@ impl ScoreRule {
     /// The score mod of a problem.
     ///
     /// # Errors
-    /// [`attn_core::AttnError`] naming the tensor that does not fit the shape.
+    /// [`AttnError`] naming the tensor that does not fit the shape.
     pub fn score_mod(&self, shape: &AttnShape) -> Result<SharedScoreMod> {
         (self.make)(shape)
     }
@@ -174,6 +186,39 @@ impl ScoreMod for Kept {
     }
 }
 
+/// `s + slope_h * (j - p)`.
+struct Linear {
+    slopes: Vec<f32>,
+    offset: isize,
+}
+
+impl Linear {
+    fn distance(&self, at: Pair) -> isize {
+        at.j as isize - at.i as isize - self.offset
+    }
+}
+
+impl ScoreMod for Linear {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        match shape.n_heads_q <= self.slopes.len() {
+            true => Ok(()),
+            false => Err(AttnError::shape("slopes", "n_heads_q", self.slopes.len(), shape.n_heads_q)),
+        }
+    }
+
+    fn apply(&self, score: f32, at: Pair) -> f32 {
+        score + self.slopes[at.head] * self.distance(at) as f32
+    }
+
+    fn apply_f64(&self, score: f64, at: Pair) -> f64 {
+        score + f64::from(self.slopes[at.head]) * self.distance(at) as f64
+    }
+
+    fn derivative(&self, _: f32, _: Pair) -> f32 {
+        1.0
+    }
+}
+
 /// [`RelativeBias`] that owns its table.
 struct RelativeTable {
     table: Arc<[f32]>,
@@ -211,5 +256,38 @@ impl ScoreMod for RelativeTable {
 
     fn apply_tile(&self, tile: ScoreTile<'_>) {
         self.with(|bias| bias.apply_tile(tile));
+    }
+}
+
+/// Which element of a relative table, in the order of [`ScoreRule::relative`], each pair reads.
+pub(crate) struct RelativeIndex {
+    pub(crate) max: usize,
+    pub(crate) n_heads: usize,
+    pub(crate) offset: isize,
+}
+
+impl RelativeIndex {
+    pub(crate) fn new(max: usize, shape: &AttnShape) -> Self {
+        Self { max, n_heads: shape.n_heads_q, offset: offset(shape) }
+    }
+}
+
+impl BiasIndex for RelativeIndex {
+    fn len(&self) -> usize {
+        self.n_heads * (2 * self.max + 1)
+    }
+
+    fn index(&self, at: Pair) -> usize {
+        let max = self.max as isize;
+        let distance = at.i as isize + self.offset - at.j as isize;
+        at.head * (2 * self.max + 1) + (distance.clamp(-max, max) + max) as usize
+    }
+}
+
+/// Refuses a table that is no matrix of an odd width.
+pub(crate) fn relative_max(shape: &[usize]) -> Result<usize> {
+    match shape {
+        [_, width] if width % 2 == 1 => Ok(width / 2),
+        _ => Err(AttnError::value("table's shape", format!("{shape:?}"), "(n_heads_q, 2 * max + 1)")),
     }
 }

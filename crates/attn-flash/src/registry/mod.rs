@@ -11,6 +11,8 @@ mod options;
 mod run;
 mod sequences;
 
+pub use formula::{FormulaMask, FormulaScore};
+
 use crate::Naive;
 use attn_core::Family;
 use attn_core::registry::{Entry, OptionSpec, run_qkv};

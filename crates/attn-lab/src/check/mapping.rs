@@ -9,6 +9,7 @@ use attn_testkit::golden::{GoldenCase, Plan, exact};
 use serde_json::Value;
 
 mod linear;
+mod sparse;
 
 /// What becomes of one option of a file.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +36,12 @@ enum Rule {
     Kernel,
     /// A segment's length; the case's name says whether the memory follows the delta rule.
     Segment,
+    /// Numbers, ours between commas; of pairs `[a, b]` ours are ranges `a-b`.
+    List(&'static str),
+    /// A word of ours for one of theirs; other words are the same.
+    Word(&'static str, &'static [(&'static str, &'static str)]),
+    /// A number of queries and of keys that ours has once.
+    Square(&'static str),
 }
 
 /// A row of the table.
@@ -50,6 +57,8 @@ struct Row {
     /// Input tensors that are called something else here, theirs and ours; an empty name drops one that repeats another.
     /// Outside the linear family, all that are taken besides q, k and v.
     inputs: &'static [(&'static str, &'static str)],
+    /// Decisions of the file's selection stage that are fed in, theirs and ours: those that chance or another formula makes.
+    given: &'static [(&'static str, &'static str)],
 }
 
 impl Row {
@@ -59,60 +68,6 @@ impl Row {
 }
 
 const TABLE: &[Row] = &[
-    Row {
-        family: Family::Sparse,
-        variant: "sliding-window-causal",
-        ours: "sliding-window",
-        set: &[],
-        remarks: &[],
-        options: &[
-            ("causal", Rule::As("causal")),
-            ("window", Rule::As("window")),
-            ("q_offset", Rule::Offset),
-        ],
-        inputs: &[],
-    },
-    Row {
-        family: Family::Sparse,
-        variant: "sliding-window-bidirectional",
-        ours: "sliding-window",
-        set: &[],
-        remarks: &[],
-        options: &[
-            ("causal", Rule::As("causal")),
-            ("window_left", Rule::As("window_left")),
-            ("window_right", Rule::As("window_right")),
-            ("q_offset", Rule::Offset),
-        ],
-        inputs: &[],
-    },
-    Row {
-        family: Family::Sparse,
-        variant: "streaming-sinks",
-        ours: "sink-window",
-        set: &[],
-        remarks: &[],
-        options: &[
-            ("causal", Rule::Only("true")),
-            ("sinks", Rule::As("n_sinks")),
-            ("window", Rule::As("window")),
-            ("q_offset", Rule::Offset),
-        ],
-        inputs: &[],
-    },
-    Row {
-        family: Family::Sparse,
-        variant: "chunked-causal",
-        ours: "chunked-causal",
-        set: &[],
-        remarks: &[],
-        options: &[
-            ("causal", Rule::Only("true")),
-            ("chunk", Rule::As("chunk_len")),
-            ("q_offset", Rule::Offset),
-        ],
-        inputs: &[],
-    },
     Row {
         family: Family::Linear,
         variant: "linear",
@@ -126,6 +81,7 @@ const TABLE: &[Row] = &[
             ("normalize", Rule::Only("false")),
         ],
         inputs: &[("s0", "initial_state")],
+        given: &[],
     },
     Row {
         family: Family::Linear,
@@ -141,6 +97,7 @@ const TABLE: &[Row] = &[
             ("normalize", Rule::Only("true")),
         ],
         inputs: &[("s0", "initial_state"), ("z0", "initial_normaliser")],
+        given: &[],
     },
     Row {
         family: Family::Linear,
@@ -156,6 +113,7 @@ const TABLE: &[Row] = &[
             ("xpos", Rule::Only("false")),
         ],
         inputs: &[("s0", "initial_state"), ("log_gamma", "log_decay")],
+        given: &[],
     },
     Row {
         family: Family::Hier,
@@ -171,6 +129,7 @@ const TABLE: &[Row] = &[
             ("scale", Rule::Only("d**-0.5")),
         ],
         inputs: &[],
+        given: &[],
     },
 ];
 
@@ -185,6 +144,7 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
     let row = TABLE
         .iter()
         .chain(linear::tables())
+        .chain(sparse::tables())
         .find(|row| row.family == case.family && row.variant == case.variant);
     let row = row.ok_or_else(|| format!("no {} variant of ours computes `{}`", case.family, case.variant))?;
     let mut plan = Plan::new(row.ours);
@@ -193,11 +153,16 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
             (_, Some((_, ours))) => *ours,
             ("q" | "k" | "v", _) => name,
             // A tensor that the variant does not know is an error when it runs.
-            (_, None) if row.family == Family::Linear => name,
+            (_, None) if row.family != Family::Hier => name,
             (_, None) => return Err(format!("{} does not take a tensor `{name}` here", row.ours)),
         };
         if !ours.is_empty() {
             plan.give(name, ours, tensor.clone());
+        }
+    }
+    for (theirs, ours) in row.given {
+        if let Some(tensor) = case.given.get(theirs) {
+            plan.inputs.0.insert(ours.to_string(), tensor.clone());
         }
     }
     for (theirs, ours) in row.inputs.iter().filter(|(theirs, ours)| theirs != ours) {
@@ -263,6 +228,27 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
             plan.set("segment", text);
             plan.set("delta", case.case.starts_with("delta"));
         }
+        Rule::List(_) if value.is_null() => {}
+        Rule::List(ours) => {
+            let one = |x: &Value| match x.as_array() {
+                Some(pair) => pair.iter().map(plain).collect::<Vec<_>>().join("-"),
+                None => plain(x),
+            };
+            let all = value
+                .as_array()
+                .map_or_else(|| text.clone(), |all| all.iter().map(one).collect::<Vec<_>>().join(","));
+            plan.set(ours, all);
+        }
+        Rule::Word(ours, words) => {
+            let word = words.iter().find(|(theirs, _)| *theirs == text).map(|(_, ours)| *ours);
+            plan.set(ours, word.unwrap_or(&text));
+        }
+        Rule::Square(ours) => match plan.options.0.get(ours) {
+            Some(other) if *other != text => {
+                return Err(format!("`{key}` is {text} beside {other}; {} has one `{ours}`", plan.ours));
+            }
+            _ => plan.set(ours, text),
+        },
         Rule::Decays => match (plan.inputs.get("log_decay"), text.as_str()) {
             (Some(_), _) => {}
             (None, "1 - 2^(-5-h)") => plan.set("gammas", "fla"),

@@ -11,6 +11,8 @@
 //! Source of the idea: Child et al. 2019 (block layouts); Dong et al. 2024 (FlexAttention's full and partial blocks).
 
 mod build;
+mod flex_lists;
+mod given;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -18,6 +20,7 @@ mod tests;
 use attn_core::mask::{Cover, Head, Mask, Pair};
 use attn_core::{AttnError, AttnShape, Result};
 pub use build::Builder;
+pub use flex_lists::{FlexLists, PaddedLists};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -197,6 +200,9 @@ impl BlockMask {
 impl Mask for BlockMask {
     fn check(&self, shape: &AttnShape) -> Result<()> {
         let (made, s) = (&self.shape, shape);
+        if s.batch == 0 {
+            return Ok(()); // no pair is asked of it, and there is no sequence to have a length
+        }
         let axes = [
             ("batch", s.batch, made.batch, self.batch == 1),
             ("n_heads_q", s.n_heads_q, made.n_heads_q, self.heads == 1),

@@ -28,6 +28,11 @@ pub struct SameChunk {
 }
 
 impl SameChunk {
+    /// Chunks of `chunk_len`, at least 1, for queries that stand at `i + offset`.
+    pub(crate) fn new(chunk_len: usize, offset: isize) -> Self {
+        Self { chunk_len: chunk_len.max(1), offset }
+    }
+
     fn chunk(&self, i: usize) -> Option<usize> {
         i.checked_add_signed(self.offset).map(|p| p / self.chunk_len)
     }
@@ -69,7 +74,7 @@ impl Pattern for ChunkedCausal {
 
     fn mask(&self, shape: &AttnShape) -> Result<Self::Mask> {
         let causal = Band::causal(shape, Align::BottomRight);
-        Ok(And(causal, SameChunk { chunk_len: self.chunk_len.max(1), offset: causal.offset }))
+        Ok(And(causal, SameChunk::new(self.chunk_len, causal.offset)))
     }
 
     fn pairs(&self, shape: &AttnShape) -> u64 {

@@ -19,7 +19,7 @@ use attn_flash::stream::Kept;
 /// Counting asks every head and batch entry: either pattern may tell them apart.
 const APART: Alike = Alike { batch: false, heads: false };
 
-/// Pairs that either pattern sees, each once. Its [`Pattern::pairs`] are counted, and extrapolated beyond 4096 queries.
+/// Pairs that either pattern sees, each once. Its [`Pattern::pairs`] are counted, and extrapolated beyond 2^24 pairs a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Union<A, B>(pub A, pub B);
 
@@ -57,7 +57,7 @@ impl<A: Pattern, B: Pattern> Pattern for Union<A, B> {
     }
 }
 
-/// Pairs that both patterns see. Its [`Pattern::pairs`] are counted, and extrapolated beyond 4096 queries.
+/// Pairs that both patterns see. Its [`Pattern::pairs`] are counted, and extrapolated beyond 2^24 pairs a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Intersection<A, B>(pub A, pub B);
 

@@ -3,8 +3,8 @@
 use super::named::{integers, list, ranges, run};
 use super::{at_least_1, attention, build};
 use crate::{
-    BidirectionalSpans, DilatedWindow, DocumentLayout, Documents, HeadChoice, LocalBuckets, Padded, Pattern,
-    PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, SparseAttention,
+    BidirectionalSpans, Branch, DilatedWindow, DocumentLayout, Documents, HeadChoice, LocalBuckets, LongNet,
+    Padded, Pattern, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, SparseAttention,
 };
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{AttnError, Family, Result};
@@ -174,6 +174,21 @@ pub(super) fn entries() -> Vec<Entry> {
             runner: run_qkv,
         },
         Entry {
+            name: "longnet",
+            family: Family::Sparse,
+            summary: "Every r-th position of long segments, for several of both, merged (LongNet, Ding et al. 2023)",
+            options: const {
+                &[
+                    OptionSpec::CAUSAL,
+                    option("segments", "2048,8192,32768", "positions of a segment, one a branch"),
+                    option("dilations", "1,4,16", "from one position kept to the next, one a branch"),
+                    OptionSpec::SCALE,
+                ]
+            },
+            constructor: |options| Ok(Box::new(longnet(options)?)),
+            runner: run_qkv,
+        },
+        Entry {
             name: "sink-logit",
             family: Family::Sparse,
             summary: "A learned logit in the normaliser, and no value (gpt-oss, OpenAI 2025)",
@@ -243,6 +258,21 @@ fn duo(options: &Options) -> Result<SparseAttention<PerHead<SlidingWindow, SinkW
         SinkWindow { n_sinks: options.get_or("n_sinks", 64)?, window: at_least_1(options, "window", 256)? };
     let first = SlidingWindow::causal(usize::MAX);
     Ok(attention(options, PerHead { heads, first, second })?.named("duo-attention"))
+}
+
+fn longnet(options: &Options) -> Result<LongNet> {
+    let given = |name: &str, default: &[usize]| -> Result<Vec<usize>> {
+        let list = list(options, name)?;
+        Ok(if list.is_empty() { default.to_vec() } else { list })
+    };
+    let (segments, dilations) = (given("segments", &[2048, 8192, 32768])?, given("dilations", &[1, 4, 16])?);
+    if segments.len() != dilations.len() {
+        let expected = format!("{}, as many as segments", segments.len());
+        return Err(AttnError::value("number of dilations", dilations.len(), expected));
+    }
+    let branch = |(segment, dilation)| Branch { segment, dilation };
+    let branches = segments.into_iter().zip(dilations).map(branch).collect();
+    Ok(LongNet::new(branches, options.get_or("causal", false)?)?.with_scale(options.get("scale")?))
 }
 
 fn sink_logit(options: &Options) -> Result<SparseAttention<SlidingWindow>> {

@@ -1,7 +1,15 @@
 //! The sparse variants by name.
 
+mod compressed;
+mod decode;
+mod flex;
+mod layouts;
 mod masks;
 mod named;
+mod nsa;
+mod prefill;
+mod routed;
+mod sorted;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -10,7 +18,19 @@ use attn_core::{Attention, AttnError, Result};
 
 /// Every variant of this crate.
 pub fn registry() -> Vec<Entry> {
-    [masks::entries(), windows::entries()].into_iter().flatten().collect()
+    [
+        decode::entries(),
+        flex::entries(),
+        layouts::entries(),
+        masks::entries(),
+        prefill::entries(),
+        routed::entries(),
+        sorted::entries(),
+        windows::entries(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The decider with the options that all have.

@@ -43,6 +43,20 @@ pub(super) fn integers<'a>(
     }
 }
 
+/// The shape of a tensor of booleans, stored as bytes, and its values, if it is there.
+pub(super) fn booleans<'a>(
+    tensors: &'a NamedTensors,
+    name: &str,
+) -> Result<Option<(&'a [usize], Vec<bool>)>> {
+    match tensors.get(name) {
+        None => Ok(None),
+        Some(NamedTensor { shape, data: TensorData::U8(data) }) => {
+            Ok(Some((shape, data.iter().map(|b| *b != 0).collect())))
+        }
+        Some(_) => Err(other_type(name, "bool or u8")),
+    }
+}
+
 fn other_type(name: &str, expected: &str) -> AttnError {
     AttnError::DType { tensor: name.into(), found: "another".into(), expected: expected.into() }
 }

@@ -17,7 +17,7 @@ mod forward;
 use attn_core::mask::{Head, Mask, Pair};
 use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::{AttnError, AttnShape, Result};
-pub(crate) use backward::backward;
+pub(crate) use backward::{backward, store};
 pub(crate) use forward::forward;
 use std::ops::Range;
 use std::sync::Arc;
@@ -90,6 +90,11 @@ impl Residues {
             return Err(AttnError::value("dilation", 0, "at least 1"));
         }
         Ok(Self { steps, kept: None, local: Arc::new(local) })
+    }
+
+    /// Only the class `kept[h]` of each query head `h`.
+    pub(crate) fn keeping(self, kept: impl Into<Arc<[usize]>>) -> Self {
+        Self { kept: Some(kept.into()), ..self }
     }
 
     pub(crate) fn check(&self, shape: &AttnShape) -> Result<()> {

@@ -53,10 +53,18 @@ impl TopK {
         }
     }
 
+    /// Takes over what another one, of other indices, has been offered.
+    pub fn merge(&mut self, other: &Self) {
+        self.kept.extend_from_slice(&other.kept);
+        if self.kept.len() > self.k.max(1) {
+            self.cut();
+        }
+    }
+
     /// Cuts the candidates to the `k` best and raises the threshold.
     fn cut(&mut self) {
         keep_largest(&mut self.kept, self.k);
-        if self.kept.len() == self.k {
+        if self.kept.len() == self.k && self.k > 0 {
             self.floor = self.kept[self.k - 1];
             self.threshold = super::rank::score_of(self.floor);
         }

@@ -113,6 +113,7 @@ fn thresholds_and_softmax() {
     let weights = softmax(&[0.0, 3f32.ln(), f32::NEG_INFINITY]);
     assert!((weights[0] - 0.25).abs() < 1e-6 && (weights[1] - 0.75).abs() < 1e-6 && weights[2] == 0.0);
     assert_eq!(softmax(&[f32::NEG_INFINITY; 2]), [0.0; 2]);
+    assert_eq!(ranked(&[1.0, f32::NEG_INFINITY, 2.0, 1.0, f32::NAN]), [4, 2, 0, 3]);
 }
 
 #[test]
@@ -127,4 +128,17 @@ fn ranks_order_scores_then_indices() {
         assert_eq!((score_of(rank(score, 7)), index_of(rank(score, 7))), (score, 7));
     }
     assert!(score_of(rank(f32::NAN, 0)).is_nan());
+}
+
+#[test]
+fn parts_of_a_stream_merge_into_the_whole() {
+    let scores = scores(3000, 5);
+    for k in [0, 1, 40, 5000] {
+        let mut parts = [TopK::new(k), TopK::new(k), TopK::new(k)];
+        scores.iter().enumerate().for_each(|(at, score)| parts[at / 1100].offer(*score, at));
+        let [mut first, second, third] = parts;
+        first.merge(&third);
+        first.merge(&second);
+        assert_eq!(first.take(), top_k(&scores, k), "k = {k}");
+    }
 }

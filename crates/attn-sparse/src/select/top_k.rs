@@ -1,6 +1,6 @@
 //! The largest scores.
 
-use super::rank::{indices, is_visible, keep_largest, rank};
+use super::rank::{index_of, indices, is_visible, keep_largest, rank};
 
 /// Indices of the `k` largest scores, ascending; fewer if fewer are visible (above -inf). Time `O(n + k log k)`.
 ///
@@ -34,6 +34,16 @@ pub fn top_k_with(scores: &[f32], k: usize, forced: &[usize]) -> Vec<usize> {
     taken.extend(indices(&ranks));
     taken.sort_unstable();
     taken
+}
+
+/// Indices of all visible scores, the largest first, of equal ones the lower index. Time `O(n log n)`.
+///
+/// # Panics
+/// If there are more than 2^32 scores.
+pub fn ranked(scores: &[f32]) -> Vec<usize> {
+    let mut ranks = visible(scores, &[]);
+    ranks.sort_unstable_by(|a, b| b.cmp(a));
+    ranks.into_iter().map(|rank| index_of(rank) as usize).collect()
 }
 
 /// Indices of the scores that are `threshold` or more, ascending; NaN counts as more, -inf never.

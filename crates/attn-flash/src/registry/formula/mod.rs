@@ -80,6 +80,14 @@ impl Dual {
 }
 
 impl Formula {
+    fn speaks_of(&self, variable: Variable) -> bool {
+        match self {
+            Self::Number(_) => false,
+            Self::Variable(own) => *own == variable,
+            Self::Call(_, arguments) => arguments.iter().any(|argument| argument.speaks_of(variable)),
+        }
+    }
+
     fn at(&self, score: f64, at: Pair) -> Dual {
         let (function, arguments) = match self {
             Self::Number(number) => return Dual::constant(*number),
@@ -139,16 +147,37 @@ fn sum(a: Dual, b: Dual, sign: f64) -> Dual {
 }
 
 /// A mask: the pairs for which a formula is not 0.
+///
+/// ```
+/// use attn_core::mask::{Head, Mask};
+/// use attn_flash::FormulaMask;
+///
+/// let mask = FormulaMask::new("mask_mod", "j <= i and (i - j) % 3 == 0")?;
+/// let head = Head { batch: 0, head: 0 };
+/// assert!(mask.sees(head.pair(7, 4)) && !mask.sees(head.pair(7, 5)) && !mask.sees(head.pair(4, 7)));
+/// assert!(!mask.tells_heads_apart());
+/// # Ok::<(), attn_core::AttnError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct FormulaMask(Formula);
+pub struct FormulaMask(Formula);
 
 impl FormulaMask {
-    /// Reads the formula.
+    /// Reads the formula: `j <= i and i - j < 40`, of batch entry `b`, query head `h`, query row `i` and key row `j`.
     ///
     /// # Errors
     /// [`attn_core::AttnError::Value`] naming the option, the place and what was expected there.
-    pub(super) fn new(option: &str, text: &str) -> Result<Self> {
+    pub fn new(option: &str, text: &str) -> Result<Self> {
         parse::formula(option, text, false).map(Self)
+    }
+
+    /// Whether it speaks of heads.
+    pub fn tells_heads_apart(&self) -> bool {
+        self.0.speaks_of(Variable::Head)
+    }
+
+    /// Whether it speaks of batch entries.
+    pub fn tells_entries_apart(&self) -> bool {
+        self.0.speaks_of(Variable::Batch)
     }
 }
 
@@ -159,15 +188,26 @@ impl Mask for FormulaMask {
 }
 
 /// A score mod: a formula of the score and the pair.
+///
+/// ```
+/// use attn_core::mask::Head;
+/// use attn_core::score::ScoreMod;
+/// use attn_flash::FormulaScore;
+///
+/// let faded = FormulaScore::new("score_mod", "s * (1 + 0.5 h) - |i - j|")?;
+/// let at = Head { batch: 0, head: 1 }.pair(7, 4);
+/// assert_eq!((faded.apply(2.0, at), faded.derivative(2.0, at)), (0.0, 1.5));
+/// # Ok::<(), attn_core::AttnError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct FormulaScore(Formula);
+pub struct FormulaScore(Formula);
 
 impl FormulaScore {
-    /// Reads the formula.
+    /// Reads the formula: as in [`FormulaMask::new`], and of the score `s`.
     ///
     /// # Errors
     /// As [`FormulaMask::new`].
-    pub(super) fn new(option: &str, text: &str) -> Result<Self> {
+    pub fn new(option: &str, text: &str) -> Result<Self> {
         parse::formula(option, text, true).map(Self)
     }
 }

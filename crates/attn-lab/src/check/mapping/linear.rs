@@ -7,8 +7,16 @@ mod kernel;
 mod scan;
 mod state;
 
-const LINEAR: Row =
-    Row { family: Family::Linear, variant: "", ours: "", set: &[], options: &[], remarks: &[], inputs: &[] };
+const LINEAR: Row = Row {
+    family: Family::Linear,
+    variant: "",
+    ours: "",
+    set: &[],
+    options: &[],
+    remarks: &[],
+    inputs: &[],
+    given: &[],
+};
 const SCALE: &[(&str, Rule)] = &[("scale", Rule::As("scale"))];
 
 /// All of them.

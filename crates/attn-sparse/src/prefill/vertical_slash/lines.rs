@@ -1,0 +1,213 @@
+//! Keys for all queries and distances for all queries, as a mask.
+
+use attn_core::mask::{Cover, Head, Mask, Pair};
+use attn_core::{AttnError, AttnShape, Result};
+use std::ops::Range;
+
+/// `A(i) = { j <= p : j in V or p - j in D }` with `p = i + n_kv - n_q`, and the sets of each head (or of all). Memory: two
+/// bits a key and the lists themselves, for each set.
+#[derive(Debug, Clone)]
+pub struct Lines {
+    /// Batch entries and heads with sets of their own; 1 is shared by all.
+    batch: usize,
+    n_heads: usize,
+    sets: Vec<Sets>,
+    n_q: usize,
+    n_kv: usize,
+}
+
+/// The lines of one head.
+#[derive(Debug, Clone)]
+struct Sets {
+    vertical: Bits,
+    slash: Bits,
+    /// Runs of neighbouring distances.
+    runs: Vec<Range<usize>>,
+    /// Runs of neighbouring keys.
+    keys: Vec<Range<usize>>,
+}
+
+impl Lines {
+    /// Lines of a problem: `(keys, distances)` for each head of `batch` entries (the problem's batch, or 1 for all), in any
+    /// order; the number of heads is that of the lists.
+    ///
+    /// # Errors
+    /// [`AttnError::Shape`] if the number of lists is neither 1 an entry nor that of the query heads, or `batch` is neither 1
+    /// nor the problem's; [`AttnError::Value`] for a key or distance that does not exist.
+    pub fn new(shape: &AttnShape, batch: usize, heads: Vec<(Vec<usize>, Vec<usize>)>) -> Result<Self> {
+        let n_heads = heads.len().checked_div(batch).unwrap_or(shape.n_heads_q);
+        if batch != 1 && batch != shape.batch {
+            return Err(AttnError::shape("lines", "batch", batch, format!("1 or {}", shape.batch)));
+        }
+        if n_heads * batch != heads.len() || (n_heads != 1 && n_heads != shape.n_heads_q) {
+            let expected = format!("1 or {} an entry", shape.n_heads_q);
+            return Err(AttnError::shape("lines", "heads", heads.len(), expected));
+        }
+        for (name, lists) in [
+            ("key", heads.iter().map(|h| &h.0).collect::<Vec<_>>()),
+            ("distance", heads.iter().map(|h| &h.1).collect()),
+        ] {
+            if let Some(far) = lists.into_iter().flatten().find(|x| **x >= shape.n_kv) {
+                return Err(AttnError::value(name, *far, format!("below n_kv = {}", shape.n_kv)));
+            }
+        }
+        let sets = heads.into_iter().map(|(keys, distances)| {
+            let (vertical, slash) = (Bits::new(shape.n_kv, &keys), Bits::new(shape.n_kv, &distances));
+            Sets { keys: runs(keys), runs: runs(distances), vertical, slash }
+        });
+        Ok(Self { batch, n_heads, sets: sets.collect(), n_q: shape.n_q, n_kv: shape.n_kv })
+    }
+
+    /// The keys `V` of a head, ascending.
+    pub fn vertical(&self, head: Head) -> Vec<usize> {
+        self.sets(head).keys.iter().cloned().flatten().collect()
+    }
+
+    /// The distances `D` of a head, ascending.
+    pub fn slash(&self, head: Head) -> Vec<usize> {
+        self.sets(head).runs.iter().cloned().flatten().collect()
+    }
+
+    #[inline]
+    fn sets(&self, head: Head) -> &Sets {
+        let batch = if self.batch == 1 { 0 } else { head.batch };
+        let head = if self.n_heads == 1 { 0 } else { head.head };
+        &self.sets[batch * self.n_heads + head]
+    }
+
+    #[inline]
+    fn position(&self, i: usize) -> isize {
+        i as isize + self.n_kv as isize - self.n_q as isize
+    }
+}
+
+impl Mask for Lines {
+    fn check(&self, shape: &AttnShape) -> Result<()> {
+        if shape.batch == 0 {
+            // Nothing will be asked, and lengths are those of no sequence.
+            return Ok(());
+        }
+        let axes = [
+            ("batch", shape.batch, self.batch, self.batch == 1),
+            ("n_heads_q", shape.n_heads_q, self.n_heads, self.n_heads == 1),
+            ("n_q", shape.n_q, self.n_q, false),
+            ("n_kv", shape.n_kv, self.n_kv, false),
+        ];
+        match axes.iter().find(|(_, needed, made, shared)| needed != made && !shared) {
+            Some((axis, needed, made, _)) => Err(AttnError::shape("lines", axis, *made, *needed)),
+            None => Ok(()),
+        }
+    }
+
+    fn sees(&self, pair: Pair) -> bool {
+        let sets = self.sets(Head { batch: pair.batch, head: pair.head });
+        let distance = self.position(pair.i) - pair.j as isize;
+        distance >= 0 && (sets.vertical.has(pair.j) || sets.slash.has(distance as usize))
+    }
+
+    fn spans(&self, head: Head, rows: Range<usize>, _: usize) -> Vec<Range<usize>> {
+        let last = self.position(rows.end) - 1;
+        if rows.is_empty() || last < 0 {
+            return Vec::new();
+        }
+        let (first, end) = (self.position(rows.start), last as usize + 1);
+        let sets = self.sets(head);
+        let keys = sets.keys.iter().map(|run| run.start..run.end.min(end));
+        // Distances `run` of rows at `first..=last`.
+        let slashes = sets.runs.iter().map(|run| {
+            let from = (first + 1 - run.end as isize).max(0) as usize;
+            from..(last + 1 - run.start as isize).max(0) as usize
+        });
+        joined(keys.chain(slashes).filter(|span| span.start < span.end).collect())
+    }
+
+    fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
+        let (first, last) = (self.position(rows.start), self.position(rows.end - 1));
+        let (nearest, farthest) = (first - keys.end as isize + 1, last - keys.start as isize);
+        if farthest < 0 {
+            return Cover::Empty;
+        }
+        let sets = self.sets(head);
+        let distances = nearest.max(0) as usize..farthest as usize + 1;
+        let all = |runs: &[Range<usize>], wanted: &Range<usize>| {
+            runs.iter().any(|run| run.start <= wanted.start && wanted.end <= run.end)
+        };
+        let none = |runs: &[Range<usize>], wanted: &Range<usize>| {
+            let next = runs.partition_point(|run| run.end <= wanted.start);
+            runs.get(next).is_none_or(|run| run.start >= wanted.end)
+        };
+        if none(&sets.keys, &keys) && none(&sets.runs, &distances) {
+            Cover::Empty
+        } else if nearest >= 0 && (all(&sets.keys, &keys) || all(&sets.runs, &distances)) {
+            Cover::Full
+        } else {
+            Cover::Partial
+        }
+    }
+
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        let sets = self.sets(head);
+        let first = self.position(rows.start) - j as isize;
+        let before = (-first).clamp(0, rows.len() as isize) as usize;
+        scores[..before].fill(f32::NEG_INFINITY);
+        if sets.vertical.has(j) {
+            return;
+        }
+        // Distances of the rows are consecutive: 32 bits at a time.
+        let mut distance = (first + before as isize).max(0) as usize;
+        for scores in scores[before..rows.len()].chunks_mut(32) {
+            let bits = sets.slash.word(distance);
+            if bits != u32::MAX {
+                for (lane, score) in scores.iter_mut().enumerate() {
+                    *score = if bits >> lane & 1 == 1 { *score } else { f32::NEG_INFINITY };
+                }
+            }
+            distance += 32;
+        }
+    }
+}
+
+/// A set of numbers below a bound.
+#[derive(Debug, Clone)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn new(len: usize, members: &[usize]) -> Self {
+        // One word more, so that 32 bits can be read from any place.
+        let mut words = vec![0; len / 64 + 2];
+        members.iter().for_each(|x| words[x / 64] |= 1 << (x % 64));
+        Self(words)
+    }
+
+    #[inline(always)]
+    fn has(&self, x: usize) -> bool {
+        self.0.get(x / 64).is_some_and(|word| word >> (x % 64) & 1 == 1)
+    }
+
+    /// Members `first..first + 32`, one bit each.
+    #[inline(always)]
+    fn word(&self, first: usize) -> u32 {
+        let at = |word: usize| self.0.get(word).copied().unwrap_or(0);
+        let both = u128::from(at(first / 64)) | u128::from(at(first / 64 + 1)) << 64;
+        (both >> (first % 64)) as u32
+    }
+}
+
+/// Runs of neighbouring numbers, ascending.
+fn runs(mut members: Vec<usize>) -> Vec<Range<usize>> {
+    members.sort_unstable();
+    joined(members.into_iter().map(|x| x..x + 1).collect())
+}
+
+/// Sorted ranges in which those that touch or overlap are one.
+fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
+    for next in ranges {
+        match joined.last_mut() {
+            Some(last) if next.start <= last.end => last.end = last.end.max(next.end),
+            _ => joined.push(next),
+        }
+    }
+    joined
+}

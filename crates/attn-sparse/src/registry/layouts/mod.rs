@@ -1,0 +1,73 @@
+//! Layouts: global tokens, strides, blocks, grids.
+
+mod blocks;
+mod given;
+mod grids;
+mod strides;
+mod tokens;
+mod videos;
+
+use crate::{Parted, PartedAttention};
+use attn_core::registry::{Entry, Options};
+use attn_core::{Attention, AttnError, Result};
+
+pub(super) fn entries() -> Vec<Entry> {
+    [blocks::entries(), grids::entries(), strides::entries(), tokens::entries(), videos::entries()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// The pattern with the options that all have, attended part by part.
+fn build_parted(options: &Options, pattern: impl Parted) -> Result<Box<dyn Attention>> {
+    Ok(Box::new(PartedAttention::new(pattern).with_scale(options.get("scale")?)))
+}
+
+/// Values separated by commas; empty without the option. Brackets around them are allowed.
+fn list<T: std::str::FromStr>(options: &Options, name: &str) -> Result<Vec<T>> {
+    let Some(text) = options.get::<String>(name)? else { return Ok(Vec::new()) };
+    let values = text.trim_matches(['[', ']']).split(',').map(str::trim).filter(|value| !value.is_empty());
+    let value = |value: &str| {
+        let wanted = std::any::type_name::<T>().rsplit("::").next().unwrap_or("value");
+        let expected = format!("{wanted} values separated by commas");
+        value.parse().map_err(|_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), expected))
+    };
+    values.map(value).collect()
+}
+
+/// One value an axis: as many as there are axes, or one for all.
+fn per_axis<T: std::str::FromStr + Copy, const D: usize>(
+    options: &Options,
+    name: &str,
+    default: T,
+) -> Result<[T; D]> {
+    let values = list::<T>(options, name)?;
+    match values.as_slice() {
+        [] => Ok([default; D]),
+        [one] => Ok([*one; D]),
+        many => <[T; D]>::try_from(many).map_err(|_| {
+            AttnError::value(
+                format!("option `{name}`"),
+                format!("{} values", many.len()),
+                format!("1 or {D}"),
+            )
+        }),
+    }
+}
+
+/// [`per_axis`] for lengths that have to be positive.
+fn lengths<const D: usize>(options: &Options, name: &str, default: usize) -> Result<[usize; D]> {
+    let lengths = per_axis::<usize, D>(options, name, default)?;
+    if lengths.contains(&0) {
+        return Err(AttnError::value(format!("option `{name}`"), 0, "at least 1"));
+    }
+    Ok(lengths)
+}
+
+/// A length that has to be positive if it is given.
+fn length(options: &Options, name: &str) -> Result<Option<usize>> {
+    match options.get(name)? {
+        Some(0) => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
+        length => Ok(length),
+    }
+}
