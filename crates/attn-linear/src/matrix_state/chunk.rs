@@ -76,13 +76,13 @@ impl<'a> Piece<'a> {
 
 impl Values<'_> {
     /// The rows from `first` on.
-    pub(super) fn from_row(self, first: usize) -> Self {
+    pub(super) fn rows_after(self, first: usize) -> Self {
         let at = first * self.stride;
         Self { v: &self.v[at..], strength: &self.strength[at..], ..self }
     }
 
     /// The columns from `first` on.
-    pub(super) fn from_column(self, first: usize) -> Self {
+    pub(super) fn columns_after(self, first: usize) -> Self {
         let cut = |rows: &'_ [f32]| first.min(rows.len());
         Self { v: &self.v[cut(self.v)..], strength: &self.strength[cut(self.strength)..], ..self }
     }

@@ -308,7 +308,7 @@ impl SimdOp for Through<'_> {
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, prepared, o, first_column, state, work, to, ahead } = self;
         let all_columns = chunk.v.len() / chunk.writes.max(1);
-        let values = chunk.values(all_columns.max(1)).from_column(first_column);
+        let values = chunk.values(all_columns.max(1)).columns_after(first_column);
         let on = On { o, chunk: &chunk, values, prepared };
         on.run(simd, state, work, to, head::Wanted::Reads, ahead);
     }

@@ -50,7 +50,7 @@ pub(super) fn solve<S: Simd>(simd: S, on: &On<'_>, state: &[f32], x: &mut Workin
             Start::Keep,
         );
         let p = &matrix.data[first * stride + first..];
-        let weak = weak.then(|| values.from_row(first));
+        let weak = weak.then(|| values.rows_after(first));
         substitute(simd, p, stride, [rows, value_dim], weak, these);
     }
 }
