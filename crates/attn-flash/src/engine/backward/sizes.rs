@@ -59,6 +59,6 @@ impl Tiles {
     pub(super) fn block(self, n: usize) -> usize {
         let least = if n <= 2048 { 256 } else { 512 };
         let most = n.div_ceil(8).next_multiple_of(least);
-        n.div_ceil(32).next_multiple_of(least).max((least * self.spread).min(most))
+        n.div_ceil(32).next_multiple_of(least).max((least * self.spread).min(most)).max(least)
     }
 }
