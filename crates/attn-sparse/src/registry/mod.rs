@@ -1,11 +1,15 @@
 //! The sparse variants by name.
 
+mod compressed;
 mod decode;
 mod flex;
 mod layouts;
 mod masks;
 mod named;
+mod nsa;
 mod prefill;
+mod routed;
+mod sorted;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -20,6 +24,8 @@ pub fn registry() -> Vec<Entry> {
         layouts::entries(),
         masks::entries(),
         prefill::entries(),
+        routed::entries(),
+        sorted::entries(),
         windows::entries(),
     ]
     .into_iter()
