@@ -162,7 +162,7 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
     }
     for (theirs, ours) in row.given {
         if let Some(tensor) = case.given.get(theirs) {
-            plan.inputs.0.insert(ours.to_string(), tensor.clone());
+            plan.inputs.0.insert(ours.to_string(), sparse::for_all_heads(tensor, case));
         }
     }
     for (theirs, ours) in row.inputs.iter().filter(|(theirs, ours)| theirs != ours) {

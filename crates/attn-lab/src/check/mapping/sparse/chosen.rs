@@ -18,7 +18,7 @@ pub(super) const TABLE: &[Row] = &[
             ("num_slash", Rule::As("num_slash")),
             ("num_vertical", Rule::As("num_vertical")),
         ],
-        // The reference takes the distances of the first head for all heads; ours are each head's own.
+        // The reference finds distances for the first head alone; ours finds each head's own.
         given: &[("vertical", "vertical"), ("slash", "slash")],
         ..SPARSE
     },
