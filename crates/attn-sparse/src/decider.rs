@@ -75,6 +75,12 @@ impl Decision {
         Self { arrangement: Arrangement::ByResidue(residues), ..Self::new(mask) }
     }
 
+    /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
+    /// result depends on nothing but what it sees, to the last bit.
+    pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
+        Self { arrangement: Arrangement::Apart, ..Self::new(mask) }
+    }
+
     /// The mask.
     pub fn mask(&self) -> &(dyn Mask + Send + Sync) {
         &*self.mask

@@ -5,10 +5,13 @@
 //! | [`Axial`] | lines of a grid through it |
 //! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`BigBird`] | blocks: neighbours, first and last, random ones |
+//! | [`BlockIndexer`] | the blocks with the largest token score of an indexer |
 //! | [`BlockMask`] | what a list of blocks, a predicate or a dense mask says |
 //! | [`ChunkedCausal`] | its own chunk of `chunk_len` positions, up to itself |
+//! | [`CompressedAttention`] | its window, and entries that stand for many tokens: all, or those an indexer chooses |
 //! | [`DilatedWindow`] | every `dilation`-th key near it |
 //! | [`Documents`] | its own document |
+//! | [`Dsa`] | the tokens that a lightning indexer scores highest |
 //! | [`ExactTopK`] | the `k` keys of largest score, exactly |
 //! | [`FixedAttention`] | its own block and the last keys of the blocks before (Sparse Transformer) |
 //! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
@@ -18,7 +21,9 @@
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
 //! | [`MInferenceBlockSparse`] | the best blocks by the means of blocks |
+//! | [`Moba`] | its own chunk, and those whose mean key fits best |
 //! | [`Neighborhood`] | a window of constant size in one, two or three dimensions |
+//! | [`Nsa`] | compressed blocks, selected blocks and a window, summed with gates |
 //! | [`Padded`] | keys inside the sequence |
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
@@ -37,6 +42,7 @@
 //!
 //! A variant is a [`Decider`]: its choice and its words. Most are a [`Pattern`], known from the shape alone. Everything
 //! else, from the log-sum-exp to gradients and streaming, is shared ([`SparseAttention`]).
+//! Deciders that choose row by row from a summary of the keys are a [`Router`], run by [`Routed`].
 //! What a decider chooses is a mask, usually a [`BlockMask`].
 
 mod attend;
@@ -45,25 +51,31 @@ mod block_mask;
 mod decider;
 mod decode;
 mod longnet;
+mod mass;
 mod memory;
 mod pairs;
 mod parts;
 mod patterns;
+mod picture;
 mod prefill;
 mod registry;
 mod residues;
+mod routed;
 mod score_rule;
 mod scores;
 pub mod select;
 mod sorted;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
-pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
+pub use block_mask::{
+    BlockColumns, BlockMask, BlockSizes, BlockStatistics, Builder, FlexLists, PaddedLists, SharedMask, Spread,
+};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use decode::{
     EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
 };
 pub use longnet::{Branch, LongNet};
+pub use mass::{Mass, RowMass};
 pub use memory::Memory;
 pub use parts::{Order, Part, Parted, PartedAttention};
 pub use patterns::{
@@ -73,11 +85,17 @@ pub use patterns::{
     PerHead, PrefixLm, ProjectedGrads, Radial, SeenBlocks, SinkWindow, SlidingTile, SlidingWindow,
     SpanLayout, StridedAttention, Union, VariableLayout, VideoHeads, VideoKinds,
 };
+pub use picture::Picture;
 pub use prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
 pub use registry::registry;
 pub use residues::{Class, Residues};
+pub use routed::{
+    BlockIndexer, BlockIndexerInputs, ChunkMeans, CompressedAttention, CompressedGrads, CompressedInputs,
+    CompressedKv, CompressedOutputs, Decided, Dsa, DsaInputs, Entries, EntryIndexer, EntryPooling, IndexKeys,
+    Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
+};
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{
     Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, Sinkhorn, SinkhornGrads, SinkhornInputs,

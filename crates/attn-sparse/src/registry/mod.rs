@@ -1,11 +1,14 @@
 //! The sparse variants by name.
 
+mod compressed;
 mod decode;
 mod flex;
 mod layouts;
 mod masks;
 mod named;
+mod nsa;
 mod prefill;
+mod routed;
 mod sorted;
 mod windows;
 
@@ -21,6 +24,7 @@ pub fn registry() -> Vec<Entry> {
         layouts::entries(),
         masks::entries(),
         prefill::entries(),
+        routed::entries(),
         sorted::entries(),
         windows::entries(),
     ]

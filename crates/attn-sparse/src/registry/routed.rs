@@ -1,0 +1,223 @@
+//! Trainable selection.
+
+use super::{at_least_1, only_causal};
+use crate::decider::Decision;
+use crate::routed::given_lists;
+use crate::{
+    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, Moba, Routed, Router, SparseAttention,
+};
+use attn_core::registry::{
+    Entry, NamedTensor, NamedTensors, OptionSpec, Options, gradients, output_like, run_qkv,
+};
+use attn_core::{Attention, AttnError, Family, Result, SoftmaxAttention};
+
+pub(super) const INDEX_DIM: OptionSpec = OptionSpec {
+    name: "index_dim",
+    default: "",
+    help: "channels of q and k that the index keeps where none is given; default a quarter of head_dim",
+};
+
+pub(super) const CAUSAL: OptionSpec = OptionSpec {
+    name: "causal",
+    default: "true",
+    help: "always true: a query sees no key after its position",
+};
+
+pub(super) fn entries() -> Vec<Entry> {
+    vec![
+        Entry {
+            name: Moba::NAME,
+            family: Family::Sparse,
+            summary: "Chunks chosen by the mean of their keys (mixture of block attention, Lu et al. 2025)",
+            options: &[
+                CAUSAL,
+                OptionSpec { name: "chunk_len", default: "512", help: "keys of a chunk" },
+                OptionSpec {
+                    name: "top_k",
+                    default: "8",
+                    help: "chunks that a query sees, its own included",
+                },
+                OptionSpec::SCALE,
+            ],
+            constructor: |options| routed(options, moba(options)?),
+            runner: run_moba,
+        },
+        Entry {
+            name: Dsa::NAME,
+            family: Family::Sparse,
+            summary: "Tokens chosen by a lightning indexer (DeepSeek sparse attention, DeepSeek-AI 2025)",
+            options: &[
+                CAUSAL,
+                OptionSpec { name: "top_k", default: "2048", help: "keys that a query sees" },
+                INDEX_DIM,
+                OptionSpec::SCALE,
+            ],
+            constructor: |options| routed(options, dsa(options)?),
+            runner: run_dsa,
+        },
+        Entry {
+            name: BlockIndexer::NAME,
+            family: Family::Sparse,
+            summary: "Blocks chosen by the largest index score of their tokens (MiniMax-M3, 2026)",
+            options: &[
+                CAUSAL,
+                OptionSpec { name: "block_len", default: "64", help: "keys of a block" },
+                OptionSpec { name: "top_k", default: "32", help: "blocks that a query sees" },
+                OptionSpec {
+                    name: "local_blocks",
+                    default: "1",
+                    help: "blocks that every query sees: its own and those before it",
+                },
+                INDEX_DIM,
+                OptionSpec::SCALE,
+            ],
+            constructor: |options| routed(options, block_indexer(options)?),
+            runner: run_block_indexer,
+        },
+        super::nsa::entry(),
+        super::compressed::heavy(),
+        super::compressed::sparse(),
+    ]
+}
+
+fn routed<R: Router>(options: &Options, router: R) -> Result<Box<dyn Attention>> {
+    only_causal(options, R::NAME)?;
+    Ok(Box::new(Routed { router, softmax_scale: options.get("scale")? }))
+}
+
+fn moba(options: &Options) -> Result<Moba> {
+    Ok(Moba { chunk_len: at_least_1(options, "chunk_len", 512)?, top_k: at_least_1(options, "top_k", 8)? })
+}
+
+pub(super) fn index_dim(options: &Options) -> Result<Option<usize>> {
+    match options.get("index_dim")? {
+        Some(0) => Err(AttnError::value("option `index_dim`", 0, "at least 1")),
+        width => Ok(width),
+    }
+}
+
+fn dsa(options: &Options) -> Result<Dsa> {
+    Ok(Dsa { top_k: at_least_1(options, "top_k", 2048)?, index_dim: index_dim(options)? })
+}
+
+fn block_indexer(options: &Options) -> Result<BlockIndexer> {
+    Ok(BlockIndexer {
+        block_len: at_least_1(options, "block_len", 64)?,
+        top_k: at_least_1(options, "top_k", 32)?,
+        local_blocks: options.get_or("local_blocks", 1)?,
+        index_dim: index_dim(options)?,
+    })
+}
+
+/// `q`, `k`, `v`, and perhaps the chosen chunks as `block_select [batch, n_heads_q, n_q, chunks]`, 0 or 1.
+fn run_moba(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    let Some(given) = tensors.get("block_select") else { return run_qkv(entry, options, tensors) };
+    tensors.only(entry.name, &["q", "k", "v", "grad_o", "block_select"])?;
+    let (moba, s) = (moba(options)?, tensors.qkv()?.shape());
+    let n_chunks = s.n_kv.div_ceil(moba.chunk_len);
+    check_shape("block_select", given, &[s.batch, s.n_heads_q, s.n_q, n_chunks])?;
+    let flags = given.data.to_f64();
+    let rows = flags.chunks_exact(n_chunks.max(1));
+    let lists: Vec<Vec<usize>> =
+        rows.map(|row| (0..n_chunks).filter(|chunk| row[*chunk] != 0.0).collect()).collect();
+    run_decided(options, tensors, given_lists(&s, moba.chunk_len, s.n_heads_q, &lists)?)
+}
+
+/// `q`, `k`, `v`, and perhaps `index_q (batch, index heads, n_q, width)`, `index_k [batch, n_kv, width]`,
+/// `index_w [batch, index heads, n_q]`, or what was chosen: `selected [batch, n_q, slots]`, -1 for an empty slot.
+fn run_dsa(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    const INDEX: [&str; 3] = ["index_q", "index_k", "index_w"];
+    if !INDEX.iter().chain(&["selected"]).any(|name| tensors.get(name).is_some()) {
+        return run_qkv(entry, options, tensors);
+    }
+    tensors.only(entry.name, &["q", "k", "v", "grad_o", "index_q", "index_k", "index_w", "selected"])?;
+    let (dsa, s) = (dsa(options)?, tensors.qkv()?.shape());
+    if let Some(given) = tensors.get("selected") {
+        return run_decided(options, tensors, given_lists(&s, 1, 1, &slots(given, &[s.batch, s.n_q])?)?);
+    }
+    let index_k = one_head(tensors.require("index_k")?)?;
+    let index_w = floats(tensors, "index_w")?;
+    let inputs = DsaInputs {
+        index_q: tensors.require("index_q")?.view("index_q")?,
+        index_k: index_k.view("index_k")?,
+        index_w,
+    };
+    run_decided(options, tensors, dsa.decide_with(&s, &inputs)?)
+}
+
+/// `q`, `k`, `v`, and perhaps `index_q (batch, n_heads_kv, n_q, width)` and `index_k [batch, n_kv, width]`, or what was chosen:
+/// `block_index [batch, n_heads_kv, n_q, slots]`, -1 for an empty slot.
+fn run_block_indexer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    if !["index_q", "index_k", "block_index"].iter().any(|name| tensors.get(name).is_some()) {
+        return run_qkv(entry, options, tensors);
+    }
+    tensors.only(entry.name, &["q", "k", "v", "grad_o", "index_q", "index_k", "block_index"])?;
+    let (indexer, s) = (block_indexer(options)?, tensors.qkv()?.shape());
+    if let Some(given) = tensors.get("block_index") {
+        let lists = slots(given, &[s.batch, s.n_heads_kv, s.n_q])?;
+        return run_decided(options, tensors, given_lists(&s, indexer.block_len, s.n_heads_kv, &lists)?);
+    }
+    let index_k = one_head(tensors.require("index_k")?)?;
+    let inputs = BlockIndexerInputs {
+        index_q: tensors.require("index_q")?.view("index_q")?,
+        index_k: index_k.view("index_k")?,
+    };
+    run_decided(options, tensors, indexer.decide_with(&s, &inputs)?)
+}
+
+/// Attends what was decided: `o`, `lse`, and gradients with `grad_o`.
+fn run_decided(options: &Options, tensors: &NamedTensors, decision: Decision) -> Result<NamedTensors> {
+    let x = tensors.qkv()?;
+    let attention =
+        SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(Decided(decision)) };
+    let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
+    attention.forward_with_lse(x, out.as_out()?, &mut lse)?;
+    let [batch, heads, n_q, _] = x.shape().out();
+    let mut given = NamedTensors::default();
+    given.0.insert("lse".into(), NamedTensor::f32("lse", &[batch, heads, n_q], lse)?);
+    if let Some(grad_o) = tensors.get("grad_o") {
+        given.0.extend(gradients(&attention, x, &mut out, grad_o)?.0);
+    }
+    given.0.insert("o".into(), out);
+    Ok(given)
+}
+
+/// The numbers of an f32 tensor that has to be there.
+pub(super) fn floats<'a>(tensors: &'a NamedTensors, name: &str) -> Result<&'a [f32]> {
+    tensors.require(name)?;
+    Ok(tensors.f32(name)?.map_or(&[], |(_, data)| data))
+}
+
+pub(super) fn check_shape(name: &str, tensor: &NamedTensor, expected: &[usize]) -> Result<()> {
+    if tensor.shape == expected {
+        return Ok(());
+    }
+    let found = format!("{:?}", tensor.shape);
+    Err(AttnError::value(format!("{name}'s shape"), found, format!("{expected:?}")))
+}
+
+/// Lists of chosen entries from `[rows.., slots]`; negative slots are empty.
+pub(super) fn slots(tensor: &NamedTensor, rows: &[usize]) -> Result<Vec<Vec<usize>>> {
+    let n_slots = tensor.shape.last().copied().unwrap_or(0);
+    let mut expected = rows.to_vec();
+    expected.push(n_slots);
+    check_shape("chosen entries", tensor, &expected)?;
+    let all = tensor.data.to_f64();
+    let list = |slots: &[f64]| slots.iter().filter(|x| **x >= 0.0).map(|x| *x as usize).collect();
+    Ok(match n_slots {
+        0 => vec![Vec::new(); rows.iter().product()],
+        _ => all.chunks_exact(n_slots).map(list).collect(),
+    })
+}
+
+/// `[batch, n, width]` as `(batch, 1, n, width)`.
+pub(super) fn one_head(tensor: &NamedTensor) -> Result<NamedTensor> {
+    match *tensor.shape {
+        [batch, n, width] => Ok(NamedTensor { shape: vec![batch, 1, n, width], data: tensor.data.clone() }),
+        [_, 1, _, _] => Ok(tensor.clone()),
+        _ => {
+            let found = format!("{:?}", tensor.shape);
+            Err(AttnError::value("shape", found, "[batch, n, width]: one series for all heads"))
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Block indexer: token scores of an indexer, their maximum over blocks of keys, and the best blocks.
+//!
+//! ```text
+//! score(i, b) = max_{j in block b, j <= p} qI_i . kI_j
+//! A(i)        = { j <= p : block(j) is one of the last local_blocks, or among the largest scores, top_k in all }
+//! ```
+//!
+//! Unlike the lightning indexer there is neither relu nor a weighted sum: one index head chooses for each key/value group.
+//! Given tensors `index_q` and `index_k` ([`BlockIndexerInputs`](super::BlockIndexerInputs)) are used as they are; without them
+//! the index query of a group is the mean of its queries, over `index_dim` channels. With as many slots as blocks it is dense
+//! causal attention.
+//!
+//! Cost of a query: `n / 2` index scores of `index_dim` channels, and `top_k * block_len` attended keys.
+//!
+//! Source: the indexer of MiniMax-M3 as in Hugging Face transformers, 2026.
+
+use super::index_channels::{IndexKeys, work};
+use super::indexer::{RowSelector, select};
+use super::router::{Router, list_bytes, pairs_up_to, visible};
+use crate::decider::Work;
+use crate::select::top_k_with;
+use crate::{BlockMask, BlockSizes, Builder};
+use attn_core::mask::{Align, Band};
+use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};
+use std::sync::Arc;
+
+/// Blocks of `block_len` keys; a query sees `top_k` of them, the last `local_blocks` among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockIndexer {
+    /// Keys of a block.
+    pub block_len: usize,
+    /// Blocks that a query sees.
+    pub top_k: usize,
+    /// Blocks that every query sees: its own and those before it.
+    pub local_blocks: usize,
+    /// Channels of the index where none is given; `None` is a quarter of `head_dim`.
+    pub index_dim: Option<usize>,
+}
+
+/// The blocks with the largest maxima.
+pub(super) struct LargestBlocks<'a> {
+    pub(super) indexer: &'a BlockIndexer,
+    pub(super) shape: &'a AttnShape,
+}
+
+impl RowSelector for LargestBlocks<'_> {
+    /// The maximum of each block so far.
+    type State = Vec<f32>;
+
+    fn visible(&self, row: usize) -> usize {
+        visible(self.shape, row)
+    }
+
+    fn without_scores(&self, row: usize) -> Option<Vec<usize>> {
+        let blocks = self.visible(row).div_ceil(self.indexer.block_len);
+        (blocks <= self.indexer.top_k).then(|| (0..blocks).collect())
+    }
+
+    fn start(&self, row: usize) -> Vec<f32> {
+        vec![f32::NEG_INFINITY; self.visible(row).div_ceil(self.indexer.block_len)]
+    }
+
+    fn take(&self, maxima: &mut Vec<f32>, first: usize, mut scores: &[f32]) {
+        let len = self.indexer.block_len;
+        let mut at = first;
+        while !scores.is_empty() {
+            let (block, rest) = scores.split_at((len - at % len).min(scores.len()));
+            // NaN wins and stays.
+            let larger = |max: f32, x: f32| if x > max || x.is_nan() { x } else { max };
+            maxima[at / len] = block.iter().fold(maxima[at / len], |max, x| larger(max, *x));
+            at += block.len();
+            scores = rest;
+        }
+    }
+
+    fn finish(&self, _: usize, maxima: Vec<f32>) -> Vec<usize> {
+        let local: Vec<usize> = (0..maxima.len()).rev().take(self.indexer.local_blocks).collect();
+        top_k_with(&maxima, self.indexer.top_k, &local)
+    }
+}
+
+impl BlockIndexer {
+    pub(super) fn check(&self) -> Result<()> {
+        for (name, number) in [("block_len", self.block_len), ("top_k", self.top_k)] {
+            if number == 0 {
+                return Err(AttnError::value(name, 0, "at least 1"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lists of blocks of keys, `[batch, lists, rows]`, seen causally by `lists` groups of query heads.
+pub(super) fn blocks(
+    shape: &AttnShape,
+    block_len: usize,
+    lists: usize,
+    chosen: &[Vec<usize>],
+) -> Result<BlockMask> {
+    let causal = Arc::new(Band::causal(shape, Align::BottomRight));
+    let builder = Builder::new(shape, BlockSizes { q: 1, kv: block_len }).per_batch().per_head(lists.max(1));
+    builder.inside(causal).from_rows(|batch, list, row| {
+        chosen.get((batch * lists + list) * shape.n_q + row).cloned().unwrap_or_default()
+    })
+}
+
+impl Router for BlockIndexer {
+    const NAME: &'static str = "block-indexer";
+
+    type Summary = IndexKeys;
+
+    fn summary(&self, shape: &StreamShape) -> Result<IndexKeys> {
+        self.check()?;
+        IndexKeys::new(self.index_dim, shape)
+    }
+
+    fn append(&self, index: &mut IndexKeys, k: &TensorView<'_>) {
+        index.append(k);
+    }
+
+    fn bytes(&self, index: &IndexKeys) -> usize {
+        index.bytes()
+    }
+
+    fn choose(&self, index: &IndexKeys, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask> {
+        let mut queries = index.queries_of_groups(q, shape, false);
+        // The sum over a group chooses as its mean does.
+        let (group, width) = (queries.heads, queries.width);
+        let summed = queries
+            .data
+            .chunks_exact(group * width)
+            .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
+        (queries.data, queries.heads) = (summed.collect(), 1);
+        let chosen = select(&queries, |list| &index.heads[list], &LargestBlocks { indexer: self, shape });
+        blocks(shape, self.block_len, shape.n_heads_kv, &chosen)
+    }
+
+    fn work(&self, shape: &AttnShape) -> Work {
+        let (flops, bytes) = work(self.index_dim, shape);
+        Work {
+            pairs: pairs_up_to(shape, self.block_len.saturating_mul(self.top_k)),
+            decision_flops: flops / shape.group_size() as u64,
+            decision_bytes: bytes + list_bytes(shape, shape.n_heads_kv, self.top_k),
+        }
+    }
+
+    fn growth(&self) -> Growth {
+        Growth::Quadratic
+    }
+}

@@ -1,0 +1,138 @@
+//! DeepSeek sparse attention: a lightning indexer scores every token, each query attends the best.
+//!
+//! ```text
+//! I(i, j) = sum_h w_ih relu(qI_ih . kI_j)          A(i) = the top_k largest I(i, j) among j <= p
+//! ```
+//!
+//! One key series `kI`, narrower than the keys, serves all heads, and so does the choice; positive factors common to a row
+//! change nothing. Given tensors `index_q`, `index_k`, `index_w` ([`DsaInputs`]) the choice is as in the paper. Without them,
+//! each key/value head chooses for its group of query heads, by `index_dim` channels of `q` and `k` and weights of 1. With
+//! `top_k >= n` it is dense causal attention.
+//!
+//! Cost of a query: `n / 2` index scores of `index_dim` channels, and `top_k` attended keys. Decoding reads `2 index_dim` bytes a
+//! cached token and head, and the chosen keys. Gradients flow through the chosen pairs; the paper trains the indexer apart,
+//! towards the attention's own probabilities.
+//!
+//! Source: DeepSeek-AI, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", 2025.
+
+use super::index_channels::{IndexKeys, work};
+use super::indexer::{RowSelector, select};
+use super::router::{Router, list_bytes, pairs_up_to, visible};
+use crate::decider::Work;
+use crate::select::TopK;
+use crate::{BlockMask, BlockSizes, Builder};
+use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};
+
+/// Each query attends the `top_k` keys that an indexer scores highest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dsa {
+    /// Keys that a query sees.
+    pub top_k: usize,
+    /// Channels of the index where none is given; `None` is a quarter of `head_dim`.
+    pub index_dim: Option<usize>,
+}
+
+impl Dsa {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.top_k == 0 {
+            return Err(AttnError::value("top_k", 0, "at least 1"));
+        }
+        Ok(())
+    }
+}
+
+/// Whether the score of a later key can still be among the largest: it loses ties; NaN counts as largest.
+#[inline(always)]
+pub(super) fn may_enter(score: f32, threshold: f32) -> bool {
+    score > threshold || score.is_nan()
+}
+
+/// The largest scores of each row.
+pub(super) struct Largest<V> {
+    pub(super) top_k: usize,
+    /// Entries that a row sees.
+    pub(super) visible: V,
+}
+
+impl<V: Fn(usize) -> usize + Sync> RowSelector for Largest<V> {
+    type State = TopK;
+
+    fn visible(&self, row: usize) -> usize {
+        (self.visible)(row)
+    }
+
+    fn without_scores(&self, row: usize) -> Option<Vec<usize>> {
+        let visible = self.visible(row);
+        (visible <= self.top_k).then(|| (0..visible).collect())
+    }
+
+    fn start(&self, _: usize) -> TopK {
+        TopK::new(self.top_k)
+    }
+
+    fn take(&self, top: &mut TopK, first: usize, scores: &[f32]) {
+        for (at, some) in scores.chunks(16).enumerate() {
+            let threshold = top.threshold();
+            if some.iter().fold(false, |any, score| any | may_enter(*score, threshold)) {
+                for (j, score) in some.iter().enumerate() {
+                    if may_enter(*score, threshold) {
+                        top.offer(*score, first + at * 16 + j);
+                    }
+                }
+            }
+        }
+    }
+
+    fn finish(&self, _: usize, mut top: TopK) -> Vec<usize> {
+        top.take()
+    }
+}
+
+/// Lists of single keys, `[batch, lists, rows]`, for `lists` groups of query heads.
+pub(super) fn tokens(shape: &AttnShape, lists: usize, mut chosen: Vec<Vec<usize>>) -> Result<BlockMask> {
+    let slots: Vec<_> = chosen.iter_mut().map(|list| std::sync::Mutex::new(std::mem::take(list))).collect();
+    let builder = Builder::new(shape, BlockSizes::square(1)).per_batch().per_head(lists.max(1));
+    builder.from_rows(|batch, list, row| {
+        let slot = slots.get((batch * lists + list) * shape.n_q + row);
+        let take = |slot: &std::sync::Mutex<Vec<usize>>| {
+            std::mem::take(&mut *slot.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        };
+        slot.map(take).unwrap_or_default()
+    })
+}
+
+impl Router for Dsa {
+    const NAME: &'static str = "dsa";
+
+    type Summary = IndexKeys;
+
+    fn summary(&self, shape: &StreamShape) -> Result<IndexKeys> {
+        self.check()?;
+        IndexKeys::new(self.index_dim, shape)
+    }
+
+    fn append(&self, index: &mut IndexKeys, k: &TensorView<'_>) {
+        index.append(k);
+    }
+
+    fn bytes(&self, index: &IndexKeys) -> usize {
+        index.bytes()
+    }
+
+    fn choose(&self, index: &IndexKeys, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask> {
+        let queries = index.queries_of_groups(q, shape, true);
+        let largest = Largest { top_k: self.top_k, visible: |row| visible(shape, row) };
+        let chosen = select(&queries, |list| &index.heads[list], &largest);
+        tokens(shape, shape.n_heads_kv, chosen)
+    }
+
+    fn work(&self, shape: &AttnShape) -> Work {
+        let (decision_flops, bytes) = work(self.index_dim, shape);
+        let decision_bytes = bytes + list_bytes(shape, shape.n_heads_kv, self.top_k.min(shape.n_kv));
+        Work { pairs: pairs_up_to(shape, self.top_k), decision_flops, decision_bytes }
+    }
+
+    fn growth(&self) -> Growth {
+        Growth::Quadratic
+    }
+}

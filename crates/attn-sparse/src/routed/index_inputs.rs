@@ -1,0 +1,113 @@
+//! Indexers with given index queries, keys and weights.
+
+use super::block_indexer::{BlockIndexer, LargestBlocks, blocks};
+use super::dsa::{Dsa, Largest, tokens};
+use super::indexer::{IndexQueries, select};
+use super::key_panels::KeyPanels;
+use super::router::visible;
+use super::rows::rows_f32;
+use crate::decider::Decision;
+use attn_core::{AttnError, AttnShape, Result, TensorView};
+
+/// What a lightning indexer is given.
+#[derive(Debug, Clone, Copy)]
+pub struct DsaInputs<'a> {
+    /// `(batch, index heads, n_q, index_dim)`.
+    pub index_q: TensorView<'a>,
+    /// `(batch, 1, n_kv, index_dim)`: one series for all heads.
+    pub index_k: TensorView<'a>,
+    /// `[batch, index heads, n_q]`; the sign matters.
+    pub index_w: &'a [f32],
+}
+
+/// What a block indexer is given.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockIndexerInputs<'a> {
+    /// `(batch, n_heads_kv, n_q, index_dim)`: one index head a key/value group.
+    pub index_q: TensorView<'a>,
+    /// `(batch, 1, n_kv, index_dim)`: one series for all heads.
+    pub index_k: TensorView<'a>,
+}
+
+/// Checks a tensor's axes.
+pub(super) fn check_axes(tensor: &str, found: [usize; 4], expected: [usize; 4]) -> Result<()> {
+    for (a, axis) in ["batch", "heads", "length", "width"].into_iter().enumerate() {
+        if found[a] != expected[a] {
+            return Err(AttnError::shape(tensor, axis, found[a], expected[a]));
+        }
+    }
+    Ok(())
+}
+
+/// The one series of keys of each batch entry.
+pub(super) fn series(k: &TensorView<'_>) -> Vec<KeyPanels<f32>> {
+    let [batch, _, n, width] = k.shape();
+    let keys = |batch| {
+        let mut keys = KeyPanels::new(width);
+        let rows = rows_f32(k, batch, 0, 0..n);
+        rows.chunks_exact(width.max(1)).for_each(|row| keys.push(row.iter().copied()));
+        keys
+    };
+    (0..batch).map(keys).collect()
+}
+
+/// `(batch, heads, rows, width)` as `[batch * lists, rows, heads / lists, width]`.
+pub(super) fn index_queries(
+    q: &TensorView<'_>,
+    lists: usize,
+    weights: Option<&[f32]>,
+    relu: bool,
+) -> IndexQueries {
+    let [batch, n_heads, rows, width] = q.shape();
+    let heads = n_heads.checked_div(lists).unwrap_or(0);
+    let mut data = vec![0.0; batch * n_heads * rows * width];
+    let mut turned = weights.map(|_| vec![0.0; batch * n_heads * rows]);
+    for head in 0..batch * n_heads {
+        let wide = rows_f32(q, head / n_heads, head % n_heads, 0..rows);
+        for row in 0..rows {
+            let at = (head / heads * rows + row) * heads + head % heads;
+            data[at * width..][..width].copy_from_slice(&wide[row * width..][..width]);
+            if let (Some(turned), Some(weights)) = (&mut turned, weights) {
+                turned[at] = weights[head * rows + row];
+            }
+        }
+    }
+    IndexQueries { lists: batch * lists, heads, rows, width, data, weights: turned, relu }
+}
+
+impl Dsa {
+    /// What the given indexer chooses, the same for all heads. The index scores' scale does not matter.
+    ///
+    /// # Errors
+    /// [`AttnError`] for tensors that do not fit `shape` or each other.
+    pub fn decide_with(&self, shape: &AttnShape, x: &DsaInputs<'_>) -> Result<Decision> {
+        self.check()?;
+        let [_, heads, _, width] = x.index_q.shape();
+        check_axes("index_q", x.index_q.shape(), [shape.batch, heads.max(1), shape.n_q, width.max(1)])?;
+        check_axes("index_k", x.index_k.shape(), [shape.batch, 1, shape.n_kv, width])?;
+        let n_weights = shape.batch * heads * shape.n_q;
+        if x.index_w.len() != n_weights {
+            return Err(AttnError::shape("index_w", "elements", x.index_w.len(), n_weights));
+        }
+        let (queries, keys) = (index_queries(&x.index_q, 1, Some(x.index_w), true), series(&x.index_k));
+        let largest = Largest { top_k: self.top_k, visible: |row| visible(shape, row) };
+        Ok(tokens(shape, 1, select(&queries, |list| &keys[list], &largest))?.into())
+    }
+}
+
+impl BlockIndexer {
+    /// What the given indexer chooses, the same for the heads of a key/value group.
+    ///
+    /// # Errors
+    /// [`AttnError`] for tensors that do not fit `shape` or each other.
+    pub fn decide_with(&self, shape: &AttnShape, x: &BlockIndexerInputs<'_>) -> Result<Decision> {
+        self.check()?;
+        let width = x.index_q.shape()[3].max(1);
+        check_axes("index_q", x.index_q.shape(), [shape.batch, shape.n_heads_kv, shape.n_q, width])?;
+        check_axes("index_k", x.index_k.shape(), [shape.batch, 1, shape.n_kv, width])?;
+        let (queries, keys) = (index_queries(&x.index_q, shape.n_heads_kv, None, false), series(&x.index_k));
+        let largest = LargestBlocks { indexer: self, shape };
+        let chosen = select(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
+        Ok(Decision::row_by_row(blocks(shape, self.block_len, shape.n_heads_kv, &chosen)?))
+    }
+}

@@ -1,0 +1,39 @@
+//! Trainable selection: each query is routed to blocks or tokens.
+//!
+//! | variant | chooses | by |
+//! |---|---|---|
+//! | [`Moba`] | chunks, for each query head | the mean of a chunk's keys |
+//! | [`Dsa`] | tokens, for all heads | a lightning indexer |
+//! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
+//!
+//! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
+//! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
+
+mod block_indexer;
+mod compressed;
+mod decided;
+mod dsa;
+mod ended;
+mod index_channels;
+mod index_inputs;
+mod indexer;
+mod key_panels;
+mod moba;
+mod nsa;
+mod router;
+mod rows;
+mod stream;
+
+pub use block_indexer::BlockIndexer;
+pub use compressed::{
+    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer,
+    EntryPooling,
+};
+pub use decided::Decided;
+pub(crate) use decided::given_lists;
+pub use dsa::Dsa;
+pub use index_channels::IndexKeys;
+pub use index_inputs::{BlockIndexerInputs, DsaInputs};
+pub use moba::{ChunkMeans, Moba};
+pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use router::{Routed, Router};

@@ -1,0 +1,277 @@
+//! Routers: causal deciders that choose, row by row, from a summary of the keys.
+//!
+//! A summary (means of chunks, narrow index keys) grows at its end as keys come and is never rebuilt. One code serves
+//! prefill, training and decoding:
+//!
+//! ```text
+//! for blocks of queries:   append their keys to the summary;   choose;   attend the chosen keys, each row by itself
+//! ```
+//!
+//! What a row sees depends on nothing behind it, and its arithmetic on nothing but what it sees, so causality is strict to
+//! the last bit. Query `i` stands at position `p = i + n_kv - n_q`.
+
+use super::decided::Decided;
+use super::stream::RoutedStream;
+use crate::decider::{Decision, Work};
+use crate::{BlockMask, SparseAttention, heads};
+use attn_core::exact::{Exact, Reference};
+use attn_core::mask::{Align, Band, Mask, SeeAll};
+use attn_core::registry::NamedTensor;
+use attn_core::score::Unchanged;
+use attn_core::{
+    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
+    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
+    check_lse, softmax_flops, softmax_scale_or_default,
+};
+use attn_flash::TileSizes;
+use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
+use std::fmt;
+
+/// Queries that choose and attend together: bounds the lists that exist at a time.
+const BLOCK: usize = 2048;
+
+/// Chooses keys for queries from a summary of the keys; see the module.
+pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
+    /// Stable kebab-case name.
+    const NAME: &'static str;
+
+    /// What it keeps of the keys.
+    type Summary: Send + Sync + 'static;
+
+    /// An empty summary.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError`] for settings or sizes that the router does not serve.
+    fn summary(&self, shape: &StreamShape) -> Result<Self::Summary>;
+
+    /// Appends keys `(batch, n_heads_kv, n, head_dim)`.
+    fn append(&self, summary: &mut Self::Summary, k: &TensorView<'_>);
+
+    /// Bytes of memory that a summary holds.
+    fn bytes(&self, summary: &Self::Summary) -> usize;
+
+    /// What the queries `(batch, n_heads_q, n_q, head_dim)` see, the last of which stands at the last of the `n_kv` keys in
+    /// the summary. No row may see a later key.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError`] if the lists do not fit.
+    fn choose(&self, summary: &Self::Summary, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask>;
+
+    /// What it will take, known before it runs.
+    fn work(&self, shape: &AttnShape) -> Work;
+
+    /// Growth of time.
+    fn growth(&self) -> Growth;
+}
+
+/// Softmax attention over what a [`Router`] chooses. Causal; streams with its summary beside the cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Routed<R> {
+    /// Who sees whom.
+    pub router: R,
+    /// Multiplies raw dot products; `None` is `1/sqrt(head_dim)`.
+    pub softmax_scale: Option<f32>,
+}
+
+impl<R: Router> Routed<R> {
+    /// The router with the default scale.
+    pub fn new(router: R) -> Self {
+        Self { router, softmax_scale: None }
+    }
+
+    /// Which pairs a call on `x` attends.
+    ///
+    /// # Errors
+    /// Those of the [`Router`].
+    pub fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
+        let mut summary = self.router.summary(&StreamShape::of(x))?;
+        self.router.append(&mut summary, x.k());
+        match x.shape().rows() {
+            0 => Ok(Decision::new(SeeAll)),
+            _ => Ok(Decision::row_by_row(self.router.choose(&summary, x.q(), &x.shape())?)),
+        }
+    }
+
+    /// Chooses and attends for some queries; the summary holds all of `k`.
+    pub(super) fn attend(
+        &self,
+        summary: &R::Summary,
+        q: TensorView<'_>,
+        kv: (KvView<'_>, KvView<'_>),
+        out: OutMut<'_>,
+        lse: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let problem = Problem::cached(q, kv.0, kv.1, None)?;
+        let shape = problem.shape();
+        let softmax_scale = softmax_scale_or_default(self.softmax_scale, shape.head_dim)?;
+        if shape.rows() == 0 {
+            return Ok(());
+        }
+        let decision = Decision::row_by_row(self.router.choose(summary, &q, &shape)?);
+        attend_any(problem, out, lse, &rows_apart(decision.mask(), softmax_scale, &shape))
+    }
+
+    /// Block by block, so that no more than a block's lists exist at a time.
+    fn forward_in_blocks(&self, x: Qkv<'_>, out: OutMut<'_>, mut lse: Option<&mut [f32]>) -> Result<()> {
+        let s = x.shape();
+        softmax_scale_or_default(self.softmax_scale, s.head_dim)?;
+        let mut summary = self.router.summary(&StreamShape::of(&x))?;
+        let keys_up_to = |row: usize| (row + s.n_kv).saturating_sub(s.n_q).min(s.n_kv);
+        let mut appended = 0;
+        let mut extend = |summary: &mut R::Summary, end: usize| {
+            self.router.append(summary, &x.k().narrow(appended..end));
+            appended = end;
+        };
+        if s.n_q <= BLOCK {
+            extend(&mut summary, s.n_kv);
+            return self.attend(&summary, *x.q(), ((*x.k()).into(), (*x.v()).into()), out, lse);
+        }
+        let blocks: Vec<_> = (0..s.n_q).step_by(BLOCK).map(|at| at..(at + BLOCK).min(s.n_q)).collect();
+        let n_blocks = blocks.len();
+        let mut pieces: Vec<_> = out.into_cuts(blocks.clone()).into_iter().map(Some).collect();
+        for (block, rows) in blocks.into_iter().enumerate() {
+            let n_keys = keys_up_to(rows.end);
+            extend(&mut summary, n_keys);
+            let mut part =
+                NamedTensor::unwritten(&[s.batch, s.n_heads_q, rows.len(), s.head_dim_v], x.dtype());
+            let mut part_lse = vec![0.0; if lse.is_some() { s.batch * s.n_heads_q * rows.len() } else { 0 }];
+            let kv = (x.k().narrow(0..n_keys).into(), x.v().narrow(0..n_keys).into());
+            let given_lse = lse.is_some().then_some(part_lse.as_mut_slice());
+            self.attend(&summary, x.q().narrow(rows.clone()), kv, part.as_out()?, given_lse)?;
+            let part = part.view("o")?;
+            for head in 0..s.batch * s.n_heads_q {
+                let wide =
+                    super::rows::rows_f32(&part, head / s.n_heads_q, head % s.n_heads_q, 0..rows.len());
+                if let Some(piece) = &mut pieces[head * n_blocks + block] {
+                    for (i, row) in wide.chunks_exact(s.head_dim_v).enumerate() {
+                        piece.store(i, row.iter().copied());
+                    }
+                }
+                if let Some(lse) = lse.as_deref_mut() {
+                    let to = &mut lse[head * s.n_q + rows.start..][..rows.len()];
+                    to.copy_from_slice(&part_lse[head * rows.len()..][..rows.len()]);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<R: Router> Attention for Routed<R> {
+    fn name(&self) -> &'static str {
+        R::NAME
+    }
+
+    fn profile(&self) -> Profile {
+        Profile {
+            family: Family::Sparse,
+            target: Target::SoftmaxOverChosen,
+            causality: Causality::Strict,
+            convex: true,
+            key_order_free: false,
+            cross_lengths: true,
+            grouped_heads: true,
+            dtypes: &DType::ALL,
+            max_error: 4e-6,
+            time: self.router.growth(),
+            memory: Growth::Linear,
+        }
+    }
+
+    fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {
+        let work = self.router.work(shape);
+        let flops = softmax_flops(work.pairs, shape) + work.decision_flops;
+        let scratch = TileSizes::auto(shape).workspace_bytes(shape) * rayon::current_num_threads() as u64;
+        Cost::of(shape, dtype, flops, scratch + work.decision_bytes)
+    }
+
+    fn forward(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<()> {
+        x.check_out(&out)?;
+        self.forward_in_blocks(x, out, None)
+    }
+
+    fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
+        let decision = self.decide(x)?;
+        let softmax_scale = self.softmax_scale.map(f64::from);
+        Exact { softmax_scale, mask: decision.mask(), ..Exact::default() }.all(x)
+    }
+
+    fn as_softmax(&self) -> Option<&dyn SoftmaxAttention> {
+        Some(self)
+    }
+
+    fn as_streaming(&self) -> Option<&dyn Streaming> {
+        Some(self)
+    }
+
+    fn as_differentiable(&self) -> Option<&dyn Differentiable> {
+        Some(self)
+    }
+}
+
+impl<R: Router> SoftmaxAttention for Routed<R> {
+    fn forward_with_lse(&self, x: Qkv<'_>, out: OutMut<'_>, lse: &mut [f32]) -> Result<()> {
+        x.check_out(&out)?;
+        check_lse(lse, &x.shape())?;
+        self.forward_in_blocks(x, out, Some(lse))
+    }
+}
+
+impl<R: Router> Differentiable for Routed<R> {
+    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
+        let decider = Decided(self.decide(&x)?);
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
+            .forward_saving(x, out)
+    }
+
+    fn backward(
+        &self,
+        x: Qkv<'_>,
+        out: TensorView<'_>,
+        saved: &Saved,
+        grad_out: TensorView<'_>,
+        grads: QkvGrads<'_>,
+    ) -> Result<()> {
+        // What was decided is among what was saved.
+        let decider = Decided(Decision::new(SeeAll));
+        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
+            .backward(x, out, saved, grad_out, grads)
+    }
+}
+
+impl<R: Router> Streaming for Routed<R> {
+    fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
+        RoutedStream::start(self.clone(), shape)
+    }
+}
+
+/// What the engine computes for a mask whose rows are attended one by one.
+pub(super) fn rows_apart<'a>(
+    mask: &'a (dyn Mask + 'a),
+    softmax_scale: f32,
+    shape: &AttnShape,
+) -> AnySpec<'a> {
+    let tiles = Some(TileSizes::auto(shape).rows_apart());
+    AnySpec { tiles, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
+}
+
+/// Pairs of queries that see at most `most` keys each, causally: over all heads of all batch entries.
+pub(super) fn pairs_up_to(shape: &AttnShape, most: usize) -> u64 {
+    let band = Band { left: Some(most.saturating_sub(1)), ..Band::causal(shape, Align::BottomRight) };
+    heads(shape) * attn_core::band_pairs(shape, &band)
+}
+
+/// Causal pairs of queries and keys in one head.
+pub(super) fn causal_pairs(shape: &AttnShape) -> u64 {
+    attn_core::band_pairs(shape, &Band::causal(shape, Align::BottomRight))
+}
+
+/// Keys that a query row sees under causality.
+pub(super) fn visible(shape: &AttnShape, row: usize) -> usize {
+    (row + 1 + shape.n_kv).saturating_sub(shape.n_q).min(shape.n_kv)
+}
+
+/// Bytes of the lists of a block of queries: an index and a flag an entry.
+pub(super) fn list_bytes(shape: &AttnShape, lists: usize, entries: usize) -> u64 {
+    (shape.batch * lists * shape.n_q.min(BLOCK) * entries * 16) as u64
+}

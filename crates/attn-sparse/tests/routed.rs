@@ -1,0 +1,9 @@
+//! Trainable selection: choices against other people's code and against sorting, outputs, gradients, promises.
+
+mod routed {
+    mod choices;
+    mod compressed;
+    mod golden;
+    mod nsa;
+    mod promises;
+}
