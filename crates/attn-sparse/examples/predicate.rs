@@ -58,6 +58,10 @@ fn main() -> attn_core::Result<()> {
     let decision = attention.decide(&x)?;
     let keys = decision.selected(head, N - 1, N);
     println!("The last query sees {} keys, the first five of them {:?}.", keys.len(), &keys[..5]);
-    println!("Attention took {:.1} ms; the first output is {:.4}.", 1e3 * time.as_secs_f64(), out[0]);
+    println!(
+        "Attention took {:.1} ms; the last output is {:.4}.",
+        1e3 * time.as_secs_f64(),
+        out[out.len() - 1]
+    );
     Ok(())
 }

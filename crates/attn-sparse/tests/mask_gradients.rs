@@ -9,6 +9,7 @@ use attn_sparse::{
     SparseAttention, SparseGrads, Union,
 };
 use attn_testkit::compare::{Tol, assert_close};
+use attn_testkit::gradient::{Claim, GradientCheck};
 use attn_testkit::inputs::Problem;
 
 const TOL: Tol = Tol::AllClose { atol: 2e-5, rtol: 2e-5 };
@@ -124,6 +125,26 @@ fn sinks_learn() {
     check("dilated", &dilated, &problem, &Unchanged, None);
     let cross = Problem::normal(AttnShape { n_q: 9, ..GROUPED }, 2);
     check("cross lengths", &each, &cross, &Unchanged, None);
+}
+
+#[test]
+fn the_gradient_of_sinks_is_the_slope_of_the_loss() {
+    let problem = Problem::normal(AttnShape { n_q: 9, n_kv: 20, ..GROUPED }, 8);
+    let (x, s) = (problem.qkv().unwrap(), problem.shape);
+    let sinks = [0.5f32, -1.0, 0.0, 2.0, -3.0, 1.0];
+    for dilation in [1, 3] {
+        let pattern = DilatedWindow::new(4, dilation, true);
+        let mask = pattern.mask(&s).unwrap();
+        let weights = grad_out(&s);
+        let loss = |at: &[Vec<f64>]| {
+            let out = Exact { mask: &mask, sinks: Some(&at[0]), ..Exact::default() }.all(&x).unwrap().out;
+            out.iter().zip(&weights).map(|(out, w)| out * f64::from(*w)).sum()
+        };
+        let got = sparse(&SparseAttention::new(pattern).with_sinks(sinks), &problem, None).sinks;
+        let (at, gradient) = (sinks.map(f64::from), got.iter().map(|g| f64::from(*g)).collect::<Vec<_>>());
+        let claim = Claim { name: "sinks", at: &at, gradient: &gradient };
+        GradientCheck { tol: TOL, ..GradientCheck::default() }.check(loss, &[claim]).unwrap();
+    }
 }
 
 #[test]
