@@ -11,8 +11,13 @@ use attn_core::{Attention, AttnShape, StreamShape, ViewMut};
 use candle_core::{Device, Result, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 
+/// A variant of each class: no decay, a decay a token, a key channel, and the delta rule with each.
+const VARIANTS: [&str; 6] = ["linear", "simple-gla", "gla", "deltanet", "gated-deltanet", "kda"];
 const HEAD_DIM: usize = 64;
-const CHUNK: usize = 64;
+/// Chunks of the peer, which likes them longer than ours.
+const CHUNKS: [usize; 2] = [64, 128];
+/// Tokens that are decoded one after another before the pool's threads are left.
+const TOKENS: usize = 20;
 
 fn variant(name: &str) -> Box<dyn Attention> {
     let registry = attn_linear::registry();
@@ -26,15 +31,14 @@ fn variant(name: &str) -> Box<dyn Attention> {
 fn lengths(c: &mut Criterion) {
     for n in [4096, 65536, 1 << 20] {
         let problem = Problem::new(AttnShape::square(1, n, HEAD_DIM));
-        for name in ["linear", "simple-gla", "gla", "deltanet", "gated-deltanet", "kda"] {
-            forward(c, &format!("{name} n={n}"), &*variant(name), &problem, Setting::threads(1));
-        }
-        for name in ["linear", "simple-gla"] {
-            forward(c, &format!("{name} n={n}"), &*variant(name), &problem, Setting::threads(2));
+        for name in VARIANTS {
+            for threads in [1, 2] {
+                forward(c, &format!("{name} n={n}"), &*variant(name), &problem, Setting::threads(threads));
+            }
         }
     }
     let problem = Problem::new(AttnShape::square(8, 65536, HEAD_DIM));
-    for name in ["linear", "simple-gla", "gla", "deltanet", "gated-deltanet", "kda"] {
+    for name in VARIANTS {
         for threads in [1, 2] {
             let name_of = format!("{name} 8 heads n=65536");
             forward(c, &name_of, &*variant(name), &problem, Setting::threads(threads));
@@ -53,11 +57,11 @@ fn gradients(c: &mut Criterion) {
     }
 }
 
-/// One token for 32 heads whose states are 128 x 128.
+/// One token for 32 heads whose states are 128 x 128; a decoding loop stays on the pool's threads.
 fn decode(c: &mut Criterion) {
     let shape = AttnShape::square(32, 1, 128);
     let problem = Problem::new(shape);
-    for name in ["linear", "simple-gla", "gla", "deltanet", "gated-deltanet", "kda"] {
+    for name in VARIANTS {
         let attention = variant(name);
         let streaming = attention.as_streaming().expect("a variant that streams");
         for threads in [1, 2] {
@@ -66,8 +70,10 @@ fn decode(c: &mut Criterion) {
             let mut out = vec![0.0f32; shape.out().iter().product()];
             let mut once = || {
                 pool.install(|| {
-                    let view = ViewMut::contiguous("out", &mut out, shape.out())?;
-                    state.append(problem.qkv(), view.into())
+                    (0..TOKENS).try_for_each(|_| {
+                        let view = ViewMut::contiguous("out", &mut out, shape.out())?;
+                        state.append(problem.qkv(), view.into())
+                    })
                 })
                 .expect("the case is valid");
             };
@@ -78,6 +84,7 @@ fn decode(c: &mut Criterion) {
             let Some(seconds) = measure(c, &name, &format!("{threads} threads"), 0, &mut once) else {
                 continue;
             };
+            let seconds = seconds / TOKENS as f64;
             let (limit, bytes) = (before.max(limit()), state.bytes() as f64);
             let streamed = bytes / limit / 1e9;
             println!(
@@ -93,10 +100,11 @@ fn decode(c: &mut Criterion) {
 /// The same chunks in tensor operations: `O = tril(Q K^T) V + Q S`, `S <- S + K^T V`.
 fn chunks(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, lower: &Tensor) -> Result<Tensor> {
     let (batch, heads, n, d) = q.dims4()?;
+    let chunk = lower.dim(0)?;
     let mut state = Tensor::zeros((batch, heads, d, v.dim(3)?), q.dtype(), q.device())?;
     let mut out = Vec::new();
-    for at in (0..n).step_by(CHUNK) {
-        let [q, k, v] = [q, k, v].map(|x| x.narrow(2, at, CHUNK).and_then(|x| x.contiguous()));
+    for at in (0..n).step_by(chunk) {
+        let [q, k, v] = [q, k, v].map(|x| x.narrow(2, at, chunk).and_then(|x| x.contiguous()));
         let (q, k, v) = (q?, k?, v?);
         let turned = k.t()?.contiguous()?;
         let within = q.matmul(&turned)?.broadcast_mul(lower)?.matmul(&v)?;
@@ -107,8 +115,10 @@ fn chunks(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, lower: &Tensor) -> Res
 }
 
 fn against_candle(c: &mut Criterion) {
-    let numbers = (0..CHUNK * CHUNK).map(|x| if x % CHUNK <= x / CHUNK { 1.0f32 } else { 0.0 }).collect();
-    let lower = Tensor::from_vec::<_, f32>(numbers, (CHUNK, CHUNK), &Device::Cpu).expect("a mask");
+    let lower = |chunk: usize| {
+        let ones = (0..chunk * chunk).map(|x| if x % chunk <= x / chunk { 1.0f32 } else { 0.0 });
+        Tensor::from_vec::<_, f32>(ones.collect(), (chunk, chunk), &Device::Cpu).expect("a mask")
+    };
     let linear = attn_linear::LinearAttention::new(attn_linear::Linear {
         causal: true,
         ..attn_linear::Linear::default()
@@ -122,13 +132,16 @@ fn against_candle(c: &mut Criterion) {
             let mut once = || drop(pool.install(|| linear.forward_t(&q, &k, &v)).expect("ours"));
             let ours = measure(c, &name, "attn-linear", 0, &mut once);
             let scale = 1.0 / (HEAD_DIM as f64).sqrt();
-            let mut peer = || drop(pool.install(|| chunks(&q, &k, &v, scale, &lower)).expect("candle's"));
-            let theirs = measure(c, &name, "the same chunks", 0, &mut peer);
-            if let (Some(theirs), Some(ours)) = (theirs, ours) {
-                println!(
-                    "{name}: the same chunks {theirs:.4} s, ours {ours:.4} s: {:.1} times faster",
-                    theirs / ours
-                );
+            for chunk in CHUNKS {
+                let lower = lower(chunk);
+                let mut peer = || drop(pool.install(|| chunks(&q, &k, &v, scale, &lower)).expect("candle's"));
+                let theirs = measure(c, &name, &format!("chunks of {chunk}"), 0, &mut peer);
+                if let (Some(theirs), Some(ours)) = (theirs, ours) {
+                    println!(
+                        "{name}: chunks of {chunk} {theirs:.4} s, ours {ours:.4} s: {:.1} times faster",
+                        theirs / ours
+                    );
+                }
             }
         }
     }

@@ -26,6 +26,10 @@ pub fn for_each_task<T: Send, W>(
             }
         }
     };
+    if rayon::current_num_threads() == 1 {
+        // The caller may as well do it: handing it over takes longer than some tasks do.
+        return worker(0);
+    }
     (0..rayon::current_num_threads()).into_par_iter().with_max_len(1).for_each(worker);
 }
 

@@ -50,4 +50,4 @@ pub use retnet::{Gammas, RetNet};
 pub use scan::ScanAttention;
 
 /// Tokens the chunked form handles at once, unless told otherwise.
-pub const CHUNK_LEN: usize = 64;
+pub const CHUNK_LEN: usize = 32;

@@ -9,7 +9,7 @@
 //! | [`widen`] | bf16, f16 or f32 rows into f32, a number at a time |
 //! | [`read_rows`] | bf16, f16, int8 or f32 rows into f32, in vectors |
 //! | [`Stored`] | four vectors of any storage type, in registers |
-//! | [`prefetch`] | asks for memory ahead of time |
+//! | [`prefetch`], [`prefetch_behind`] | ask for memory ahead of time |
 //! | [`touch`] | asks for a row's cache lines in order |
 //! | [`all_finite`] | whether no number is NaN or infinite |
 //!
@@ -28,7 +28,7 @@ pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use exp::{exp2, exp2_overflows};
 
-pub use prefetch::prefetch;
+pub use prefetch::{prefetch, prefetch_behind};
 pub use product::{Lhs, Rhs, Start, TileMut, product};
 pub use touch::touch;
 pub use transpose::{all_finite, transpose, widen};

@@ -162,7 +162,9 @@ pub fn plan(case: &GoldenCase) -> Result<Plan, String> {
     }
     for (theirs, ours) in row.given {
         if let Some(tensor) = case.given.get(theirs) {
-            plan.inputs.0.insert(ours.to_string(), tensor.clone());
+            plan.inputs.0.insert(ours.to_string(), sparse::for_all_heads(tensor, case));
+            // What an indexer chose stands for its tensors.
+            plan.inputs.0.retain(|name, _| !name.starts_with("index_"));
         }
     }
     for (theirs, ours) in row.inputs.iter().filter(|(theirs, ours)| theirs != ours) {

@@ -18,95 +18,20 @@
 //! Sources: Yang et al. 2024 (gated linear attention; the delta rule in chunks), Yang, Kautz, Hatamizadeh 2025 (gated),
 //! Kimi Team 2025 (key-channel decays).
 
-use super::fading::Fading;
+use super::chunk::Values;
 use super::head::Wanted;
 use super::read::read;
-use super::scores::{BLOCK, Columns, Readers, scores};
+use super::scores::{BLOCK, Readers, scores};
+use super::scratch::{Prepared, Scratch, Working};
 use super::solve::solve;
 use super::write::write;
-use super::{Decay, Erase, EraseAt, Options, Piece, Read};
+use super::{Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{MAX_LANES, Start};
+use attn_core::tile::{MAX_LANES, Rhs, all_finite};
 
 /// What a chunk does between its products: it asks for memory that is needed later. A burst of such requests would hold up
 /// the loads behind it.
 pub(super) type Ahead<'a> = &'a mut dyn FnMut();
-
-/// A thread's buffers for one chunk.
-pub(super) struct Scratch {
-    pub(super) options: Options,
-    pub(super) fading: Fading,
-    pub(super) stride: usize,
-    pub(super) q_faded: Vec<f32>,
-    pub(super) a_faded: Vec<f32>,
-    /// Rows on their way somewhere, weighted.
-    pub(super) weighed: Vec<f32>,
-    pub(super) k: Columns,
-    pub(super) b: Columns,
-    /// `A`, `B [len, stride]`; `P`, `R [writes, stride]`. Tied, `P` is in `ak`; untied, it is in `ab`.
-    pub(super) qk: Vec<f32>,
-    pub(super) qb: Vec<f32>,
-    pub(super) ak: Vec<f32>,
-    pub(super) ab: Vec<f32>,
-    /// What the erase's solve gives: `U`, or untied `Y`, `[writes, value_dim]`.
-    pub(super) solved: Vec<f32>,
-    /// `O / scale [len, value_dim]`.
-    pub(super) reads: Vec<f32>,
-    /// `q . z [len]`, and `[writes]` ones to sum keys with.
-    pub(super) norms: Vec<f32>,
-    pub(super) ones: Vec<f32>,
-    /// Queries and writes that the scores were filled for.
-    filled: [usize; 2],
-}
-
-impl Scratch {
-    pub(super) fn new(options: &Options, len: usize) -> Self {
-        let Options { key_dim, value_dim, .. } = *options;
-        let writes = len * options.writes;
-        let stride = writes.next_multiple_of(MAX_LANES);
-        let (erases, untied) = (options.erase != Erase::None, options.erase == Erase::Untied);
-        let buffer = |needed: bool, len: usize| vec![0.0; if needed { len } else { 0 }];
-        let keys_decay = options.decay == Decay::Key && key_dim > 1;
-        Self {
-            options: *options,
-            fading: Fading::new(options, writes),
-            stride,
-            q_faded: buffer(true, len * key_dim),
-            a_faded: buffer(erases, writes * key_dim),
-            weighed: buffer(true, writes * key_dim.max(value_dim)),
-            k: Columns::new(key_dim, writes, keys_decay),
-            b: Columns::new(key_dim, if untied { writes } else { 0 }, keys_decay),
-            qk: buffer(true, len * stride),
-            qb: buffer(untied, len * stride),
-            ak: buffer(erases, writes * stride),
-            ab: buffer(untied, writes * stride),
-            solved: buffer(erases, writes * value_dim),
-            reads: buffer(true, len * value_dim),
-            norms: buffer(options.norm, len),
-            ones: vec![1.0; if options.norm { writes } else { 0 }],
-            filled: [len, writes],
-        }
-    }
-
-    /// Bytes of [`Scratch::new`].
-    pub(super) fn bytes(options: &Options, len: usize) -> usize {
-        let Options { key_dim, value_dim, .. } = *options;
-        let writes = len * options.writes;
-        let stride = writes.next_multiple_of(MAX_LANES);
-        let (erases, untied) = match options.erase {
-            Erase::None => (0, 0),
-            Erase::Tied => (1, 0),
-            Erase::Untied => (1, 1),
-        };
-        let keys_decay = options.decay == Decay::Key && key_dim > 1;
-        let floats = len * (key_dim + value_dim)
-            + writes * (erases * (key_dim + value_dim) + key_dim.max(value_dim))
-            + (1 + untied)
-                * (Columns::floats(key_dim, writes, keys_decay) + stride * (len + writes * erases));
-        let floats = floats + if options.norm { len + writes } else { 0 };
-        4 * floats + Fading::bytes(options, writes)
-    }
-}
 
 /// A chunk: reads, and writes the state `[key_dim, value_dim]`.
 pub(super) struct Attend<'a> {
@@ -129,18 +54,73 @@ impl SimdOp for Attend<'_> {
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, state, scratch, wanted, ahead } = self;
         prepare(simd, &chunk, scratch, wanted, ahead);
-        if scratch.options.erase != Erase::None {
-            solve(simd, &chunk, state, scratch);
+        if wanted == Wanted::Nothing {
+            return;
+        }
+        let Scratch { options, prepared, work, read, .. } = scratch;
+        let on = On { o: options, chunk: &chunk, values: chunk.values(options.value_dim), prepared };
+        on.run(simd, state, work, [&mut read.rows, &mut read.norms], wanted, ahead);
+    }
+}
+
+/// A chunk and its scores, on all columns of values or some: those of the options.
+pub(super) struct On<'a> {
+    pub(super) o: &'a Options,
+    pub(super) chunk: &'a Piece<'a>,
+    pub(super) values: Values<'a>,
+    pub(super) prepared: &'a Prepared,
+}
+
+impl On<'_> {
+    /// Reads rows and norms, and writes the state `[key_dim, value_dim]`.
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(
+        &self,
+        simd: S,
+        state: &mut [f32],
+        work: &mut Working,
+        to: [&mut [f32]; 2],
+        wanted: Wanted,
+        ahead: Ahead<'_>,
+    ) {
+        if self.o.erase != Erase::None {
+            solve(simd, self, state, work);
         }
         if wanted.reads() {
-            read(simd, &chunk, state, scratch, ahead);
+            read(simd, self, state, work, to, ahead);
         }
-        match wanted {
-            Wanted::Reads | Wanted::State => write(simd, &chunk, state, scratch, Start::Keep, ahead),
-            Wanted::Change => write(simd, &chunk, state, scratch, Start::Zero, ahead),
-            Wanted::ReadsAlone => {}
+        write(simd, self, state, work, ahead);
+    }
+
+    /// What is written: `U` of the tied erase, else the values.
+    #[inline(always)]
+    pub(super) fn written<'b>(&self, solved: &'b [f32]) -> Rhs<'b>
+    where
+        Self: 'b,
+    {
+        let Values { v, stride, .. } = self.values;
+        if self.o.erase == Erase::Tied {
+            Rhs { data: &solved[..self.chunk.writes * self.o.value_dim], stride: self.o.value_dim }
+        } else {
+            Rhs { data: v, stride }
         }
     }
+}
+
+/// Whether all of these rows `[.., width]` are finite.
+#[inline(always)]
+pub(super) fn rows_finite(rows: Rhs<'_>, width: usize) -> bool {
+    if rows.stride == width {
+        return all_finite(rows.data);
+    }
+    // Without the sign, bit patterns order like the numbers. A largest one a lane: no row waits for the one before.
+    let mut largest = [0; MAX_LANES];
+    for row in rows.data.chunks(rows.stride) {
+        for piece in row[..width.min(row.len())].chunks(MAX_LANES) {
+            largest.iter_mut().zip(piece).for_each(|(max, x)| *max = (x.to_bits() << 1).max(*max));
+        }
+    }
+    largest.into_iter().all(|bits| bits < f32::INFINITY.to_bits() << 1)
 }
 
 /// What the erase of a chunk writes, into `solved`.
@@ -157,7 +137,9 @@ impl SimdOp for Solve<'_> {
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, state, scratch } = self;
         prepare(simd, &chunk, scratch, Wanted::State, &mut || {});
-        solve(simd, &chunk, state, scratch);
+        let Scratch { options, prepared, work, .. } = scratch;
+        let on = On { o: options, chunk: &chunk, values: chunk.values(options.value_dim), prepared };
+        solve(simd, &on, state, work);
     }
 }
 
@@ -185,60 +167,56 @@ pub(super) fn prepare<S: Simd>(
 ) {
     let o = x.options;
     let key_dim = o.key_dim;
-    x.fading.set(simd, chunk);
     let reads = wanted.reads();
-    if x.fading.key_width > 1 && reads {
+    x.prepared.fading.set(simd, chunk);
+    if x.prepared.fading.key_width > 1 && reads {
         fade_queries(chunk, x);
     }
     if (chunk.len == 0 || chunk.writes == 0 || !reads) && o.erase == Erase::None {
         return;
     }
-    let filled = [chunk.len, chunk.writes];
-    if x.filled != filled {
-        // Beyond the columns that a block of rows sees, all is zero.
-        [&mut x.qk, &mut x.qb, &mut x.ak, &mut x.ab].into_iter().for_each(|scores| scores.fill(0.0));
-        x.filled = filled;
-    }
-    x.k.set(simd, chunk.k, &x.fading, &mut x.weighed);
+    x.prepared.clear_for([chunk.len, chunk.writes]);
+    let Scratch { prepared: p, work, k, b, .. } = x;
+    k.set(simd, chunk.k, &p.fading, &mut work.weighed);
     let queries = Readers {
         plain: chunk.q,
-        faded: &x.q_faded,
+        faded: &p.q_faded,
         at: &|i| read_at(&o, i),
         seen: &|i| o.seen(i).min(chunk.writes),
         rows: chunk.len,
     };
     if reads {
-        scores(simd, &queries, &x.k, &mut x.fading, &mut x.qk, ahead);
+        scores(simd, &queries, k, &p.fading, &mut p.qk, ahead);
     }
     if o.read == Read::Pre {
         for i in 0..chunk.len {
             let (q, k) = (&chunk.q[i * key_dim..][..key_dim], &chunk.k[i * key_dim..][..key_dim]);
-            x.qk[i * x.stride + i] = q.iter().zip(k).zip(chunk.bonus).map(|((q, k), u)| q * k * u).sum();
+            p.qk[i * p.stride + i] = q.iter().zip(k).zip(chunk.bonus).map(|((q, k), u)| q * k * u).sum();
         }
     }
     if o.erase == Erase::None {
         return;
     }
-    let rows = chunk.a.chunks_exact(key_dim).zip(x.a_faded.chunks_exact_mut(key_dim));
-    rows.enumerate().for_each(|(w, (row, out))| x.fading.fade(row, erase_at(&o, w), out));
+    let rows = chunk.a.chunks_exact(key_dim).zip(p.a_faded.chunks_exact_mut(key_dim));
+    rows.enumerate().for_each(|(w, (row, out))| p.fading.fade(row, erase_at(&o, w), out));
     let erasers = Readers {
         plain: chunk.a,
-        faded: &x.a_faded,
+        faded: &p.a_faded,
         at: &|w| erase_at(&o, w),
         seen: &|w| w,
         rows: chunk.writes,
     };
-    scores(simd, &erasers, &x.k, &mut x.fading, &mut x.ak, ahead);
+    scores(simd, &erasers, k, &p.fading, &mut p.ak, ahead);
     if o.erase == Erase::Untied {
-        x.b.set(simd, chunk.b, &x.fading, &mut x.weighed);
-        scores(simd, &erasers, &x.b, &mut x.fading, &mut x.ab, ahead);
+        b.set(simd, chunk.b, &p.fading, &mut work.weighed);
+        scores(simd, &erasers, b, &p.fading, &mut p.ab, ahead);
         if reads {
-            scores(simd, &queries, &x.b, &mut x.fading, &mut x.qb, ahead);
+            scores(simd, &queries, b, &p.fading, &mut p.qb, ahead);
         }
     }
 }
 
-/// What is written: `U` of the tied erase, else the values.
+/// What is written, of all columns: `U` of the tied erase, else the values.
 pub(super) fn written<'a>(chunk: &Piece<'a>, solved: &'a [f32], erase: Erase) -> &'a [f32] {
     if erase == Erase::Tied { &solved[..chunk.v.len()] } else { chunk.v }
 }
@@ -247,6 +225,7 @@ pub(super) fn written<'a>(chunk: &Piece<'a>, solved: &'a [f32], erase: Erase) ->
 #[inline(always)]
 pub(super) fn fade_queries(chunk: &Piece<'_>, x: &mut Scratch) {
     let (o, key_dim) = (x.options, x.options.key_dim);
-    let rows = chunk.q.chunks_exact(key_dim).zip(x.q_faded.chunks_exact_mut(key_dim));
-    rows.enumerate().for_each(|(i, (row, out))| x.fading.fade(row, read_at(&o, i), out));
+    let Prepared { fading, q_faded, .. } = &mut x.prepared;
+    let rows = chunk.q.chunks_exact(key_dim).zip(q_faded.chunks_exact_mut(key_dim));
+    rows.enumerate().for_each(|(i, (row, out))| fading.fade(row, read_at(&o, i), out));
 }

@@ -1,5 +1,6 @@
 //! A variant of the engine as an [`Attention`], and on typed inputs.
 
+use super::columns;
 use super::definition::definition;
 use super::gradients::{Gradients, backward, backward_into};
 use super::head::chunk_len;
@@ -8,7 +9,6 @@ use super::memory::Memory;
 use super::packed::backward_packed;
 use super::run::{Workspace, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
-use super::windows;
 use attn_core::exact::Reference;
 use attn_core::registry::NamedTensors;
 use attn_core::{
@@ -187,10 +187,12 @@ impl<V: StateVariant> Attention for StateAttention<V> {
         let heads = (shape.batch * shape.n_heads_q) as u64;
         let flops = plan.flops(&sizes);
         let threads = rayon::current_num_threads();
-        let alone = windows::fit(&plan)
-            && windows::pay(heads as usize, shape.n_q / chunk_len(&plan, &sizes), threads);
-        let (threads, window) =
-            if alone { (threads as u64, windows::bytes(&plan)) } else { (heads.min(threads as u64), 0) };
+        let (o, chunks) = (&plan.stages[0], shape.n_q / chunk_len(&plan, &sizes));
+        let left = columns::left_over(o, heads as usize, chunks, threads).filter(|_| columns::fit(&plan));
+        let (threads, window) = match left {
+            Some((left, _)) => (threads as u64, left as u64 * columns::bytes(o, threads)),
+            None => (heads.min(threads as u64), 0),
+        };
         let allocated =
             threads * Workspace::bytes(&plan, &sizes, dtype) + 4 * heads * plan.memory_len() as u64 + window;
         Cost::of(shape, dtype, heads * flops, allocated)

@@ -57,6 +57,37 @@ pub struct Piece<'a> {
     pub notes: &'a [f32],
 }
 
+/// Rows of values, of all their columns or of some.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    pub(super) v: &'a [f32],
+    /// As [`Chunk::strength`].
+    pub(super) strength: &'a [f32],
+    /// From one row to the next, of both.
+    pub(super) stride: usize,
+}
+
+impl<'a> Piece<'a> {
+    /// All columns of its values.
+    pub(super) fn values(&self, value_dim: usize) -> Values<'a> {
+        Values { v: self.v, strength: self.strength, stride: value_dim }
+    }
+}
+
+impl Values<'_> {
+    /// The rows from `first` on.
+    pub(super) fn rows_after(self, first: usize) -> Self {
+        let at = first * self.stride;
+        Self { v: &self.v[at..], strength: &self.strength[at..], ..self }
+    }
+
+    /// The columns from `first` on.
+    pub(super) fn columns_after(self, first: usize) -> Self {
+        let cut = |rows: &'_ [f32]| first.min(rows.len());
+        Self { v: &self.v[cut(self.v)..], strength: &self.strength[cut(self.strength)..], ..self }
+    }
+}
+
 impl Chunk {
     /// All of it, with as many tokens to read as to write.
     pub fn piece(&self, options: &Options) -> Piece<'_> {

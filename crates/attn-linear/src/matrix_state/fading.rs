@@ -116,7 +116,7 @@ impl Fading {
 
     /// `row_j *= 2^(G_at - G_j)` for the first writes `j`, with one decay a token; nothing without decay of keys.
     #[inline(always)]
-    pub(super) fn weigh_scores<S: Simd>(&mut self, simd: S, at: Option<usize>, row: &mut [f32]) {
+    pub(super) fn weigh_scores<S: Simd>(&self, simd: S, at: Option<usize>, row: &mut [f32]) {
         if self.key_width != 1 {
         } else if self.is_near(at) {
             let down = at.map_or(1.0, |at| self.down[at]);
@@ -133,30 +133,27 @@ impl Fading {
 
     /// `weights[j] = 2^(G_at - G_(from + j))`, with one decay a token.
     #[inline(always)]
-    fn scalar_weights<S: Simd>(&mut self, simd: S, at: Option<usize>, from: usize, weights: &mut [f32]) {
+    fn scalar_weights<S: Simd>(&self, simd: S, at: Option<usize>, from: usize, weights: &mut [f32]) {
         let reader = at.map_or(0.0, |at| self.sums[at]);
-        let exponents = &mut self.exponents[..weights.len()];
+        let mut exponents = [0.0; MAX_LANES];
         exponents.iter_mut().zip(&self.sums[from..]).for_each(|(out, g)| *out = reader - g);
-        powers(simd, exponents, weights);
+        powers(simd, &exponents[..weights.len()], weights);
     }
 
     /// `weights[c] = 2^(G_at,c - G_j,c)`.
     #[inline(always)]
-    pub(super) fn pair_weights<S: Simd>(
-        &mut self,
-        simd: S,
-        at: Option<usize>,
-        j: usize,
-        weights: &mut [f32],
-    ) {
+    pub(super) fn pair_weights<S: Simd>(&self, simd: S, at: Option<usize>, j: usize, weights: &mut [f32]) {
         let width = self.width;
-        let exponents = &mut self.exponents[..width];
-        match at {
-            Some(at) => exponents.copy_from_slice(&self.sums[at * width..][..width]),
-            None => exponents.fill(0.0),
+        let write = &self.sums[j * width..][..width];
+        let reader = at.map(|at| &self.sums[at * width..][..width]);
+        for (piece, weights) in weights[..width].chunks_mut(MAX_LANES).enumerate() {
+            let (first, mut exponents) = (piece * MAX_LANES, [0.0; MAX_LANES]);
+            if let Some(reader) = reader {
+                exponents.iter_mut().zip(&reader[first..]).for_each(|(out, g)| *out = *g);
+            }
+            exponents.iter_mut().zip(&write[first..]).for_each(|(out, g)| *out -= g);
+            powers(simd, &exponents[..weights.len()], weights);
         }
-        exponents.iter_mut().zip(&self.sums[j * width..]).for_each(|(out, g)| *out -= g);
-        powers(simd, exponents, weights);
     }
 }
 

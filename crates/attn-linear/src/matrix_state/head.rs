@@ -2,6 +2,7 @@
 
 use super::attend::Ahead;
 use super::inputs::{Extra, Per, Sizes};
+use super::scratch::Prepared;
 use super::variant::{AnyVariant, Given, Plan, Reads, Tokens, copy};
 use super::{Chunk, Engine, Options, Piece};
 use attn_core::Element;
@@ -93,6 +94,23 @@ impl<'a, E: Element> HeadRows<'a, E> {
         }
     }
 
+    /// The tokens of a step that [`HeadRows::tokens`] has put into `from`.
+    pub(super) fn loaded<'b>(&self, sizes: &Sizes, isa: Isa, step: &Step, from: &'b Widened<'a>) -> Tokens<'b>
+    where
+        'a: 'b,
+    {
+        let [q, k, v] = &from.rows;
+        Tokens {
+            q: loaded(self.q.slice(step.tokens.clone()), q),
+            k: loaded(self.k.slice(step.keys.clone()), k),
+            v: loaded(self.v.slice(step.keys.clone()), v),
+            head: self.head,
+            heads: sizes.heads,
+            isa,
+            extras: &from.extras,
+        }
+    }
+
     /// The tokens of a step.
     pub(super) fn tokens<'b>(
         &self,
@@ -131,9 +149,15 @@ pub(super) struct Coming<'a, E> {
 }
 
 impl<E: Element> Coming<'_, E> {
-    /// Without those of the queries.
-    pub(super) fn without_queries(mut self) -> Self {
-        self.rows[0] = self.rows[0].slice(0..0);
+    /// With these columns of the values alone.
+    pub(super) fn with_values(mut self, columns: Range<usize>) -> Self {
+        let v = self.rows[2];
+        let data = v.data().get(columns.start..).unwrap_or_default();
+        self.rows[2] = if columns.is_empty() {
+            v.slice(0..0)
+        } else {
+            Rows::new(data, v.len(), columns.len(), v.stride())
+        };
         self
     }
 
@@ -168,14 +192,18 @@ fn load<'a, E: Element>(isa: Isa, rows: Rows<'a, E>, wide: &'a mut [f32]) -> Row
             widen(self.0, self.1);
         }
     }
+    if E::as_f32(rows.data()).is_none() {
+        isa.run(Widen(rows, &mut wide[..rows.len() * rows.width()]));
+    }
+    loaded(rows, wide)
+}
+
+/// Rows that are f32 already, or have been put into `wide`.
+fn loaded<'a, E: Element>(rows: Rows<'a, E>, wide: &'a [f32]) -> Rows<'a, f32> {
     let (len, width) = (rows.len(), rows.width());
     match E::as_f32(rows.data()) {
         Some(data) => Rows::new(data, len, width, rows.stride()),
-        None => {
-            let wide = &mut wide[..len * width];
-            isa.run(Widen(rows, wide));
-            Rows::new(wide, len, width, width)
-        }
+        None => Rows::new(wide, len, width, width),
     }
 }
 
@@ -186,16 +214,14 @@ pub(super) enum Wanted {
     Reads,
     /// That state alone: what is told as read is left over from before.
     State,
-    /// What the tokens read; the state stays as it is.
-    ReadsAlone,
-    /// What the chunk adds to a state, in the state's place; without an erase.
-    Change,
+    /// What they are to one another, for somebody else to go on with.
+    Nothing,
 }
 
 impl Wanted {
-    /// Whether what the tokens read is.
+    /// Whether what the tokens read is, or will be.
     pub(super) fn reads(self) -> bool {
-        matches!(self, Self::Reads | Self::ReadsAlone)
+        matches!(self, Self::Reads | Self::Nothing)
     }
 }
 
@@ -221,6 +247,21 @@ impl Stages {
     pub(super) fn bytes(plan: &Plan, sizes: &Sizes) -> usize {
         let len = chunk_len(plan, sizes);
         plan.stages.iter().map(|o| Engine::bytes(o, len) + 4 * len * o.value_dim).sum()
+    }
+
+    /// Prepares a step of a plan with one stage and nothing to carry: its chunk, and what its tokens are to one another.
+    pub(super) fn prepare(
+        &mut self,
+        variant: &dyn AnyVariant,
+        plan: &Plan,
+        x: &Tokens<'_>,
+        chunk: &mut Chunk,
+        prepared: &mut Prepared,
+        ahead: Ahead<'_>,
+    ) {
+        fill(variant, plan, x, &mut [], chunk);
+        let piece = piece(chunk, plan, x, variant.given());
+        self.engines[0].prepare(x.isa, piece, prepared, ahead);
     }
 
     /// Runs a step: `memory` becomes that after it; the last stage calls `ahead`. Gives what the last stage reads, and its chunk.

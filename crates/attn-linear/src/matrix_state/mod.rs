@@ -23,6 +23,7 @@ mod attend;
 mod attention;
 mod backward;
 mod chunk;
+mod columns;
 mod definition;
 mod fading;
 mod gradients;
@@ -41,13 +42,16 @@ mod recurrence;
 mod regression;
 mod run;
 mod scores;
+mod scratch;
 mod solve;
 mod step;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod thread_tests;
+mod turns;
 mod variant;
 mod weights;
-mod windows;
 mod write;
 
 pub use attention::StateAttention;
@@ -61,13 +65,14 @@ pub(crate) use run::sequences;
 pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
-use attend::{Ahead, Attend, Scratch, Solve};
+use attend::{Ahead, Attend, Solve};
 use attn_core::simd::Isa;
 use backward::{BackScratch, Backward};
 use head::Wanted;
 use momentum::Momentum;
 use oja::Oja;
 use regression::Regression;
+use scratch::{Prepared, Scratch};
 use step::Steps;
 
 /// Up to this many tokens the recurrent form beats the chunked one.
@@ -78,6 +83,8 @@ pub struct Engine {
     scratch: Scratch,
     back: BackScratch,
     other: Other,
+    /// From a state to the one that is run next, if that is known; else 0.
+    to_next: usize,
 }
 
 /// What takes the place of the engine's own chunks, [`Options::recurrence`].
@@ -97,7 +104,7 @@ impl Engine {
             Some(Recurrence::Momentum) => Other::Momentum(Box::default()),
             Some(Recurrence::Regression) => Other::Regression(Box::new(Regression::new(options, len))),
         };
-        Self { scratch: Scratch::new(options, len), back: BackScratch::default(), other }
+        Self { scratch: Scratch::new(options, len), back: BackScratch::default(), other, to_next: 0 }
     }
 
     /// Bytes of [`Engine::new`] and of a [`Chunk`] for it.
@@ -137,7 +144,7 @@ impl Engine {
             Other::Oja(oja) => return oja.run(isa, chunk, state),
             Other::Regression(regression) => return regression.run(isa, chunk, state),
             Other::Momentum(momentum) => {
-                let reads = &mut scratch.reads[..reads];
+                let reads = &mut scratch.read.rows[..reads];
                 isa.run(momentum::Forward { o: &o, chunk, state, reads, scratch: momentum });
             }
             Other::None
@@ -145,23 +152,26 @@ impl Engine {
                     && chunk.len <= RECURRENT_LEN
                     && chunk.writes == chunk.len * o.writes =>
             {
-                isa.run(Steps { chunk, state, scratch });
+                isa.run(Steps { chunk, state, scratch, to_next: self.to_next });
             }
             Other::None => isa.run(Attend { chunk, state, scratch, wanted, ahead }),
         }
-        let norms = if o.norm { &self.scratch.norms[..chunk.len] } else { &[] };
-        Reads { rows: &self.scratch.reads[..reads], norms, scale: o.scale }
+        let norms = if o.norm { &self.scratch.read.norms[..chunk.len] } else { &[] };
+        Reads { rows: &self.scratch.read.rows[..reads], norms, scale: o.scale }
     }
 
-    /// What the last chunk's decays lose, [`Options::decay_width`] numbers.
-    fn loss(&self) -> &[f32] {
-        &self.scratch.fading.loss
+    /// What the tokens of `chunk` are to one another, into `to`; the state is not needed for it.
+    fn prepare(&mut self, isa: Isa, chunk: Piece<'_>, to: &mut Prepared, ahead: Ahead<'_>) {
+        std::mem::swap(&mut self.scratch.prepared, to);
+        let (scratch, wanted) = (&mut self.scratch, Wanted::Nothing);
+        isa.run(Attend { chunk, state: &mut [], scratch, wanted, ahead });
+        std::mem::swap(&mut self.scratch.prepared, to);
     }
 
     /// What a tied erase writes, `U [writes, value_dim]`, from a state that stays as it is.
     fn written(&mut self, isa: Isa, chunk: Piece<'_>, state: &[f32]) -> &[f32] {
         isa.run(Solve { chunk, state, scratch: &mut self.scratch });
-        &self.scratch.solved[..chunk.v.len()]
+        &self.scratch.work.solved[..chunk.v.len()]
     }
 
     /// The gradients of [`Engine::run`] on `chunk` from `state`: `d_reads [len, value_dim]` and, with a norm, `d_norms [len]`

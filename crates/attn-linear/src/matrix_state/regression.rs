@@ -13,10 +13,11 @@
 //!
 //! so that `x` reads `G` and `y` reads `H` as queries of a sum of writes do, whose gradients those of the state are.
 
-use super::attend::{Scratch, prepare};
+use super::attend::{On, prepare};
 use super::head::Wanted;
 use super::read::read;
 use super::recurrence::{absorb, factorise, solve};
+use super::scratch::Scratch;
 use super::{Chunk, Engine, Options, Piece, Reads};
 use attn_core::simd::{Isa, Simd, SimdOp};
 
@@ -181,9 +182,12 @@ impl SimdOp for Descend<'_> {
             }
             let queries = Piece { q: directions, ..piece };
             prepare(simd, &queries, matrix, Wanted::Reads, &mut || {});
-            read(simd, &queries, h, matrix, &mut || {});
+            let Scratch { options, prepared, work, read: to, .. } = &mut *matrix;
+            let values = queries.values(options.value_dim);
+            let on = On { o: options, chunk: &queries, values, prepared };
+            read(simd, &on, h, work, [&mut to.rows, &mut to.norms], &mut || {});
             let rows = x.chunks_exact_mut(n).zip(residuals.chunks_exact_mut(n));
-            let rows = rows.zip(directions.chunks_exact_mut(n)).zip(matrix.reads.chunks_exact_mut(n));
+            let rows = rows.zip(directions.chunks_exact_mut(n)).zip(to.rows.chunks_exact_mut(n));
             for (i, (((x, r), p), product)) in rows.enumerate() {
                 if arrived[i] {
                     continue;

@@ -1,11 +1,11 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
 use super::attend::pauses;
+use super::columns::{self, GROUP, Track};
 use super::head::{HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
 use super::variant::{AnyVariant, Plan, Reads, Tokens};
-use super::windows::{self, GROUP, Pool, Windows};
 use super::{Chunk, RECURRENT_LEN};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
@@ -131,8 +131,8 @@ impl Call<'_> {
         let n = self.cuts.len();
         let mut memories: Vec<_> = memory.heads_mut().map(Some).collect();
         // An output without rows has no blocks, yet keys change the memory.
-        let alone = self.alone();
-        let pieces = if alone.is_empty() { self.cuts.to_vec() } else { self.groups(&alone) };
+        let apart = self.apart();
+        let pieces = if apart.steps.is_empty() { self.cuts.to_vec() } else { apart.groups() };
         let outs = pieces.len() / n;
         let mut blocks = out.into_cuts(pieces);
         let tasks = (0..sizes.batch * sizes.heads * n).map(|at| {
@@ -152,45 +152,38 @@ impl Call<'_> {
                 HeadRows { q: q.slice(tokens), k: k.slice(keys.clone()), v: v.slice(keys), head, extras };
             Head { rows, memory, outs: blocks.by_ref().take(outs).map(|block| block.out).collect() }
         });
-        let tasks: Vec<Head<'_, E>> = tasks.collect();
+        let mut tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
         let start = || self.workspace(E::DTYPE);
-        if !alone.is_empty() {
-            let workspaces = Pool::new();
-            for task in tasks {
-                task.run_windows(self, isa, &alone, &workspaces);
-            }
+        let mut left = tasks.split_off(tasks.len() - apart.heads.min(tasks.len()));
+        if tasks.is_empty() {
         } else if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
             let mut workspace = start();
             tasks.into_iter().for_each(|task| task.run(self, isa, &mut workspace));
         } else {
             for_each_task(tasks.into_iter(), start, |workspace, task| task.run(self, isa, workspace));
         }
+        if !left.is_empty() {
+            apart.run(self, isa, &mut left);
+        }
         Ok(())
     }
 }
 
 impl Call<'_> {
-    /// The steps of every head, if they are to be done at the same time; else none.
-    fn alone(&self) -> Vec<Step> {
+    /// The heads that are left over, if their columns are to be done apart.
+    fn apart(&self) -> Apart {
         let Self { sizes, plan, .. } = *self;
         let len = chunk_len(plan, sizes);
         let (heads, threads) = (sizes.batch * sizes.heads, rayon::current_num_threads());
-        let pay = windows::pay(heads, sizes.tokens / len, threads);
-        let fit = windows::fit(plan) && self.cuts.len() == 1 && blind(plan, sizes.tokens, sizes.keys) == 0;
-        if !(pay && fit) || len <= RECURRENT_LEN {
-            return Vec::new();
+        let fit = columns::fit(plan) && self.cuts.len() == 1 && blind(plan, sizes.tokens, sizes.keys) == 0;
+        let left = columns::left_over(&plan.stages[0], heads, sizes.tokens / len, threads);
+        match left.filter(|_| fit && len > RECURRENT_LEN) {
+            Some((heads, parts)) => {
+                Apart { steps: steps(plan, len, sizes.tokens, sizes.keys).collect(), heads, parts }
+            }
+            None => Apart::default(),
         }
-        steps(plan, len, sizes.tokens, sizes.keys).collect()
-    }
-
-    /// The tokens of groups of steps, and those of a last step that is too short for products.
-    fn groups(&self, alone: &[Step]) -> Vec<Range<usize>> {
-        let (long, short) = long(alone);
-        long.chunks(GROUP)
-            .chain(short.chunks(1))
-            .map(|steps| steps[0].tokens.start..steps[steps.len() - 1].tokens.end)
-            .collect()
     }
 
     pub(super) fn workspace<'w>(&self, dtype: DType) -> Workspace<'w> {
@@ -198,10 +191,49 @@ impl Call<'_> {
     }
 }
 
-/// The steps that are done by products, and the last one if it is not.
-fn long(steps: &[Step]) -> (&[Step], &[Step]) {
-    let short = steps.last().is_some_and(|last| last.tokens.len() <= RECURRENT_LEN);
-    steps.split_at(steps.len() - usize::from(short))
+/// Heads whose columns are done apart, the last ones.
+#[derive(Default)]
+struct Apart {
+    steps: Vec<Step>,
+    heads: usize,
+    parts: usize,
+}
+
+impl Apart {
+    /// The steps that are done by products, and the last one if it is too short for them.
+    fn long(&self) -> (&[Step], &[Step]) {
+        let short = self.steps.last().is_some_and(|last| last.tokens.len() <= RECURRENT_LEN);
+        self.steps.split_at(self.steps.len() - usize::from(short))
+    }
+
+    /// The tokens of groups of steps, and those of a last step that is too short.
+    fn groups(&self) -> Vec<Range<usize>> {
+        let (long, short) = self.long();
+        long.chunks(GROUP)
+            .chain(short.chunks(1))
+            .map(|steps| steps[0].tokens.start..steps[steps.len() - 1].tokens.end)
+            .collect()
+    }
+
+    fn run<'a, E: Element>(&self, call: &Call<'_>, isa: Isa, heads: &mut [Head<'a, E>]) {
+        let (long, short) = self.long();
+        let groups = long.len().div_ceil(GROUP);
+        let tracks = heads.iter_mut().map(|head| {
+            let outs = head.outs.drain(..groups.min(head.outs.len()));
+            Track::new(call, &head.rows, outs, head.memory, self.parts)
+        });
+        columns::run(call, isa, long, tracks.collect());
+        for head in heads {
+            for (step, out) in short.iter().zip(&mut head.outs) {
+                let mut w = call.workspace(E::DTYPE);
+                let x = head.rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
+                let wanted = Wanted::Reads;
+                let (reads, chunk) =
+                    w.stages.run(call.variant, call.plan, &x, head.memory, wanted, &mut || {});
+                store(call, isa, &x, chunk, reads, &mut w.out, 0..step.tokens.len(), out);
+            }
+        }
+    }
 }
 
 /// A thread's buffers.
@@ -209,14 +241,20 @@ pub(super) struct Workspace<'a> {
     pub(super) stages: Stages,
     pub(super) wide: Widened<'a>,
     pub(super) out: Vec<f32>,
-    /// A state, where chunks are done at the same time.
+    /// What has been read, where columns are done apart.
     pub(super) state: Vec<f32>,
 }
 
 impl Workspace<'_> {
     fn new(plan: &Plan, sizes: &Sizes, dtype: DType) -> Self {
+        let mut stages = Stages::new(plan, sizes);
+        if let [engine] = &mut stages.engines[..] {
+            // Threads take the heads in turn.
+            let turns = rayon::current_num_threads().min(sizes.batch * sizes.heads);
+            engine.to_next = turns * plan.memory_len();
+        }
         Self {
-            stages: Stages::new(plan, sizes),
+            stages,
             wide: Widened::new(plan, sizes, dtype != DType::F32),
             out: vec![0.0; chunk_len(plan, sizes) * sizes.head_dim_v],
             state: Vec::new(),
@@ -245,7 +283,8 @@ impl<'a, E: Element> Head<'a, E> {
     fn run(self, call: &Call<'_>, isa: Isa, w: &mut Workspace<'a>) {
         let Self { rows, memory, outs } = self;
         let Call { variant, sizes, plan, .. } = *call;
-        let mut out = outs.into_iter().next();
+        let mut outs = outs.into_iter();
+        let (mut out, mut first) = (outs.next(), 0);
         let (tokens, keys) = (rows.q.len(), rows.k.len());
         if let Some(out) = &mut out {
             (0..blind(plan, tokens, keys)).for_each(|i| out.row_mut(i).fill(E::ZERO));
@@ -256,7 +295,14 @@ impl<'a, E: Element> Head<'a, E> {
         while let Some(step) = steps.next() {
             let x = rows.tokens(isa, variant, sizes, &step, &mut w.wide);
             let mut next = steps.peek().map(|next| rows.ahead(next, parts));
-            let mut these = step.tokens.clone();
+            while let Some(done) =
+                out.take_if(|out| step.tokens.start - first >= out.len() && !outs.as_slice().is_empty())
+            {
+                first += done.len();
+                out = outs.next();
+            }
+            let tokens = step.tokens.start - first..step.tokens.end - first;
+            let mut these = tokens.clone();
             let mut ahead = || {
                 if let Some(next) = &mut next {
                     next.fetch();
@@ -266,24 +312,9 @@ impl<'a, E: Element> Head<'a, E> {
                 }
             };
             let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, &mut ahead);
-            if let Some(out) = out.as_mut().filter(|_| !step.tokens.is_empty()) {
-                store(call, isa, &x, chunk, reads, &mut w.out, step.tokens, out);
+            if let Some(out) = out.as_mut().filter(|_| !tokens.is_empty()) {
+                store(call, isa, &x, chunk, reads, &mut w.out, tokens, out);
             }
-        }
-    }
-
-    /// The steps `alone` at the same time.
-    fn run_windows(self, call: &Call<'_>, isa: Isa, alone: &[Step], workspaces: &Pool<Workspace<'a>>) {
-        let Self { rows, memory, outs } = self;
-        let (long, short) = long(alone);
-        let mut outs = outs.into_iter();
-        let groups = outs.by_ref().take(long.len().div_ceil(GROUP)).collect();
-        Windows { call, rows: &rows, steps: long, outs: groups, state: memory, workspaces }.run(isa);
-        for (step, mut out) in short.iter().zip(outs) {
-            let mut w = call.workspace(E::DTYPE);
-            let x = rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
-            let (reads, chunk) = w.stages.run(call.variant, call.plan, &x, memory, Wanted::Reads, &mut || {});
-            store(call, isa, &x, chunk, reads, &mut w.out, 0..step.tokens.len(), &mut out);
         }
     }
 }

@@ -78,7 +78,7 @@ pub(super) fn scores<S: Simd>(
     simd: S,
     readers: &Readers<'_>,
     columns: &Columns,
-    fading: &mut Fading,
+    fading: &Fading,
     out: &mut [f32],
     ahead: Ahead<'_>,
 ) {
@@ -148,14 +148,14 @@ pub(super) struct Triangle<'a> {
 }
 
 impl Triangle<'_> {
-    /// Rows `rows` of `out += triangle values`, with `values [.., width]`. A score of 0 times a value of NaN reaches no row
+    /// Rows `rows` of `out += triangle values`, with rows of values `[.., width]`. A score of 0 times a value of NaN reaches no row
     /// that does not see it, if `finite` says truly whether all values are.
     #[inline(always)]
     pub(super) fn multiply<S: Simd>(
         &self,
         simd: S,
         rows: std::ops::Range<usize>,
-        values: &[f32],
+        values: Rhs<'_>,
         width: usize,
         finite: bool,
         out: &mut [f32],
@@ -165,7 +165,7 @@ impl Triangle<'_> {
                 simd,
                 [rows.len(), width, columns],
                 Lhs { data: &self.data[rows.start * self.stride..], row_stride: self.stride, col_stride: 1 },
-                Rhs { data: values, stride: width },
+                values,
                 TileMut { data: &mut out[rows.start * width..], stride: width },
                 Start::Keep,
             );

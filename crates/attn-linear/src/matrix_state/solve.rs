@@ -3,36 +3,41 @@
 //! A block of [`BLOCK`] rows gets what the blocks before it give as one product. Within it the rows are solved in registers,
 //! some columns at a time: `x_j` is done once all earlier rows are, and goes to all later ones at once.
 
-use super::attend::Scratch;
+use super::attend::{On, rows_finite};
+use super::chunk::Values;
 use super::scores::{BLOCK, Triangle};
-use super::{Erase, Options, Piece};
+use super::scratch::Working;
+use super::{Erase, Options};
 use attn_core::simd::{Simd, SimdBase, SimdFloat};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, all_finite, product};
+use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
 
 /// The erase: `U` or `Y` into `solved`.
 #[inline(always)]
-pub(super) fn solve<S: Simd>(simd: S, chunk: &Piece<'_>, state: &[f32], x: &mut Scratch) {
-    let Options { key_dim, value_dim, erase, .. } = x.options;
-    let (writes, stride, tied) = (chunk.writes, x.stride, erase == Erase::Tied);
+pub(super) fn solve<S: Simd>(simd: S, on: &On<'_>, state: &[f32], x: &mut Working) {
+    let On { o, chunk, values, prepared: p } = *on;
+    let Options { key_dim, value_dim, erase, .. } = *o;
+    let (writes, stride, tied) = (chunk.writes, p.stride, erase == Erase::Tied);
     // A strength multiplies what is read, hence the values come after it, row by row.
-    let weak = !chunk.strength.is_empty();
+    let weak = !values.strength.is_empty();
     if tied && !weak {
-        x.solved[..writes * value_dim].copy_from_slice(chunk.v);
+        let rows = x.solved.chunks_exact_mut(value_dim).zip(values.v.chunks(values.stride)).take(writes);
+        rows.for_each(|(row, v)| row.copy_from_slice(&v[..value_dim]));
     }
     product(
         simd,
         [writes, value_dim, key_dim],
-        Lhs { data: &x.a_faded, row_stride: key_dim, col_stride: 1 },
+        Lhs { data: &p.a_faded, row_stride: key_dim, col_stride: 1 },
         Rhs { data: state, stride: value_dim },
         TileMut { data: &mut x.solved, stride: value_dim },
         if tied && !weak { Start::Keep } else { Start::Zero },
     );
-    let own = Triangle { data: &x.ak, stride, seen: &|w| w };
+    let own = Triangle { data: &p.ak, stride, seen: &|w| w };
     if !tied {
-        let finite = all_finite(chunk.v);
-        own.multiply(simd, 0..writes, chunk.v, value_dim, finite, &mut x.solved);
+        let v = Rhs { data: values.v, stride: values.stride };
+        let finite = rows_finite(v, value_dim);
+        own.multiply(simd, 0..writes, v, value_dim, finite, &mut x.solved);
     }
-    let matrix = Triangle { data: if tied { &x.ak } else { &x.ab }, ..own };
+    let matrix = Triangle { data: if tied { &p.ak } else { &p.ab }, ..own };
     for first in (0..writes).step_by(BLOCK) {
         let rows = BLOCK.min(writes - first);
         let (before, these) = x.solved.split_at_mut(first * value_dim);
@@ -45,8 +50,7 @@ pub(super) fn solve<S: Simd>(simd: S, chunk: &Piece<'_>, state: &[f32], x: &mut 
             Start::Keep,
         );
         let p = &matrix.data[first * stride + first..];
-        let own = first * value_dim..(first + rows) * value_dim;
-        let weak = weak.then(|| (&chunk.strength[own.clone()], &chunk.v[own]));
+        let weak = weak.then(|| values.rows_after(first));
         substitute(simd, p, stride, [rows, value_dim], weak, these);
     }
 }
@@ -58,7 +62,7 @@ fn substitute<S: Simd>(
     p: &[f32],
     stride: usize,
     [rows, width]: [usize; 2],
-    weak: Option<(&[f32], &[f32])>,
+    weak: Option<Values<'_>>,
     x: &mut [f32],
 ) {
     let mut done = 0;
@@ -82,8 +86,8 @@ fn substitute<S: Simd>(
             TileMut { data: &mut row[done..], stride: width },
             Start::Keep,
         );
-        if let Some((strength, v)) = weak {
-            let rows = row[..width].iter_mut().zip(&strength[i * width..]).zip(&v[i * width..]);
+        if let Some(Values { v, strength, stride }) = weak {
+            let rows = row[..width].iter_mut().zip(&strength[i * stride..]).zip(&v[i * stride..]);
             rows.for_each(|((x, strength), v)| *x = v + strength * *x);
         }
     }

@@ -4,19 +4,24 @@
 //! S~ = S + (e^g - 1) o S      y = S^T a or S~^T a      S <- S~ + b y^T + k v^T      o = q^T S
 //! ```
 //!
-//! The state is read and written once a write, and read once more first by an erase; bound by memory traffic.
+//! The state is read and written once a write, and read once more first by an erase; bound by memory traffic. While one head's
+//! state is written, out of a cache by then if there was an erase, the next one is on its way.
 
-use super::attend::{Scratch, written};
+use super::attend::written;
 use super::lanes::{across, dot};
+use super::scratch::Scratch;
 use super::weights::{cumulate, losses};
 use super::{Decay, Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
+use attn_core::tile::{MAX_LANES, prefetch_behind};
 
 /// Some tokens, one after another.
 pub(super) struct Steps<'a> {
     pub(super) chunk: Piece<'a>,
     pub(super) state: &'a mut [f32],
     pub(super) scratch: &'a mut Scratch,
+    /// From the state to the one that this thread takes next, or 0: it is asked for while this one is written.
+    pub(super) to_next: usize,
 }
 
 impl SimdOp for Steps<'_> {
@@ -24,7 +29,7 @@ impl SimdOp for Steps<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, state, scratch: x } = self;
+        let Self { chunk, state, scratch: x, to_next } = self;
         let (o, chunk) = (x.options, &chunk);
         let (state, z) = state.split_at_mut(o.matrix_len());
         let Options { key_dim, value_dim, .. } = o;
@@ -36,7 +41,7 @@ impl SimdOp for Steps<'_> {
                 if o.erase != Erase::None {
                     erase(simd, chunk, w, state, x);
                 }
-                let reads = &mut x.reads[i * value_dim..][..value_dim];
+                let reads = &mut x.read.rows[i * value_dim..][..value_dim];
                 let own = (o.read == Read::Pre).then(|| {
                     let k = &chunk.k[w * key_dim..];
                     let own: f32 = q.iter().zip(k).zip(chunk.bonus).map(|((q, k), u)| q * k * u).sum();
@@ -49,19 +54,20 @@ impl SimdOp for Steps<'_> {
                 let value = w * value_dim..(w + 1) * value_dim;
                 let write = Write {
                     o: &o,
-                    loss: &x.fading.loss,
+                    loss: &x.prepared.fading.loss,
                     k: &chunk.k[key(chunk.k)],
-                    v: &written(chunk, &x.solved, o.erase)[value.clone()],
+                    v: &written(chunk, &x.work.solved, o.erase)[value.clone()],
                     by: (o.erase == Erase::Untied)
-                        .then(|| (&chunk.b[key(chunk.b)], &x.solved[value.clone()])),
+                        .then(|| (&chunk.b[key(chunk.b)], &x.work.solved[value.clone()])),
                     q: (last && o.read == Read::Post).then_some(q),
+                    to_next: if last && i + 1 == chunk.len { to_next } else { 0 },
                 };
                 write.run(simd, state, reads);
                 if !z.is_empty() {
                     for (c, (z, k)) in z.iter_mut().zip(write.k).enumerate() {
                         *z += write.row_loss(c) * *z + k;
                     }
-                    x.norms[i] = across(simd, dot(simd, q, z));
+                    x.read.norms[i] = across(simd, dot(simd, q, z));
                 }
                 if let Some(own) = own {
                     reads.iter_mut().zip(&chunk.v[value]).for_each(|(x, v)| *x += own * v);
@@ -74,7 +80,7 @@ impl SimdOp for Steps<'_> {
 /// `e^g - 1` of write `w` into the fading's `loss`.
 #[inline(always)]
 fn fade_losses<S: Simd>(simd: S, chunk: &Piece<'_>, w: usize, x: &mut Scratch) {
-    let fading = &mut x.fading;
+    let fading = &mut x.prepared.fading;
     let width = fading.width;
     if width > 0 {
         cumulate(&chunk.log_decay[w * width..][..width], width, &mut fading.sums);
@@ -124,16 +130,16 @@ fn erase<S: Simd>(simd: S, chunk: &Piece<'_>, w: usize, state: &[f32], x: &mut S
     let o = x.options;
     let Options { key_dim, value_dim, .. } = o;
     let a = &chunk.a[w * key_dim..][..key_dim];
-    let faded = &mut x.a_faded[..key_dim];
+    let faded = &mut x.prepared.a_faded[..key_dim];
     faded.copy_from_slice(a);
     if o.erase_at == EraseAt::After {
         match o.decay {
-            Decay::Scalar => faded.iter_mut().for_each(|a| *a += x.fading.loss[0] * *a),
-            Decay::Key => faded.iter_mut().zip(&x.fading.loss).for_each(|(a, loss)| *a += loss * *a),
+            Decay::Scalar => faded.iter_mut().for_each(|a| *a += x.prepared.fading.loss[0] * *a),
+            Decay::Key => faded.iter_mut().zip(&x.prepared.fading.loss).for_each(|(a, loss)| *a += loss * *a),
             Decay::None | Decay::Value => {}
         }
     }
-    let solved = &mut x.solved[w * value_dim..][..value_dim];
+    let solved = &mut x.work.solved[w * value_dim..][..value_dim];
     read_state(simd, &o, faded, state, solved);
     if o.erase == Erase::Tied {
         solved
@@ -153,6 +159,7 @@ struct Write<'a> {
     /// The untied erase's direction and row.
     by: Option<(&'a [f32], &'a [f32])>,
     q: Option<&'a [f32]>,
+    to_next: usize,
 }
 
 impl Write<'_> {
@@ -160,6 +167,11 @@ impl Write<'_> {
     fn run<S: Simd>(&self, simd: S, state: &mut [f32], reads: &mut [f32]) {
         let width = self.o.value_dim;
         let mut j = 0;
+        // Whole rows, where there are registers enough.
+        while S::f32s::LEN == MAX_LANES && j + 8 * S::f32s::LEN <= width {
+            self.columns::<S, 8>(simd, j, state, reads);
+            j += 8 * S::f32s::LEN;
+        }
         while j + 4 * S::f32s::LEN <= width {
             self.columns::<S, 4>(simd, j, state, reads);
             j += 4 * S::f32s::LEN;
@@ -194,6 +206,9 @@ impl Write<'_> {
         for (c, row) in state.chunks_exact_mut(self.o.value_dim).enumerate() {
             let row_loss = S::f32s::splat(simd, self.row_loss(c));
             let k = S::f32s::splat(simd, self.k[c]);
+            if self.to_next > 0 {
+                prefetch_behind(&row[j..j + N * lanes], self.to_next);
+            }
             for n in 0..N {
                 let old = load(row, n);
                 let mut new = (row_loss + column_loss[n]).mul_add(old, old);

@@ -2,13 +2,12 @@
 
 use super::naive::{quadratic, recurrence};
 use super::*;
-use attn_core::{View, ViewMut};
 use attn_testkit::compare::{Tol, assert_close};
 
 const TOL: Tol = Tol::ScaledMax(6e-6);
 
 /// Numbers between -1 and 1, different for every seed.
-fn numbers(len: usize, seed: u32) -> Vec<f32> {
+pub(super) fn numbers(len: usize, seed: u32) -> Vec<f32> {
     let mut x = seed.wrapping_mul(2_654_435_769).wrapping_add(12345);
     let mut next = || {
         x ^= x << 13;
@@ -320,48 +319,6 @@ fn gradients_are_those_of_the_definition() {
             }
         }
     }
-}
-
-/// Outputs and the memory after them, of one head on so many threads.
-fn on_threads<V: StateVariant>(variant: &V, threads: usize, n: usize, d: usize) -> Vec<u32> {
-    let shape = [1, 1, n, d];
-    let x = [1, 2, 3].map(|seed| numbers(n * d, seed));
-    let view = |name, x| View::contiguous(name, x, shape).unwrap();
-    let inputs = Inputs::new(view("q", &x[0]), view("k", &x[1]), view("v", &x[2]));
-    let mut out = vec![f32::NAN; n * d];
-    let attention = StateAttention::new(variant.clone());
-    let mut memory = attention.memory(&inputs).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    pool.install(|| {
-        let out = ViewMut::contiguous("out", &mut out, shape).unwrap();
-        attention.forward_inputs(&inputs, out.into(), Some(&mut memory)).unwrap();
-    });
-    out.iter().chain(memory.numbers()).map(|x| x.to_bits()).collect()
-}
-
-fn one_head_on_many_threads<V: StateVariant>() {
-    let options = attn_core::registry::Options::new();
-    for (chunk_len, n) in [(8, 1024), (8, 1025), (8, 1031), (11, 1100), (11, 1217)] {
-        let options = options.clone().with("chunk_len", chunk_len);
-        let causal = V::OPTIONS.iter().any(|o| o.name == "causal");
-        let options = if causal { options.with("causal", true) } else { options };
-        let variant = V::from_options(&options).unwrap();
-        let want = on_threads(&variant, 1, n, 8);
-        for threads in [2, 3] {
-            let same = want == on_threads(&variant, threads, n, 8);
-            assert!(same, "{} chunk {chunk_len} n {n} on {threads} threads", V::NAME);
-        }
-    }
-}
-
-#[test]
-fn one_head_has_the_same_bits_on_many_threads() {
-    one_head_on_many_threads::<crate::Linear>();
-    one_head_on_many_threads::<crate::LinearElu>();
-    one_head_on_many_threads::<crate::recurrent::SimpleGla>();
-    one_head_on_many_threads::<crate::recurrent::Gla>();
-    one_head_on_many_threads::<crate::recurrent::Rwkv6>();
-    one_head_on_many_threads::<crate::recurrent::DeltaNet>();
 }
 
 #[test]

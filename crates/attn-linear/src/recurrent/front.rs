@@ -15,7 +15,7 @@ pub(crate) const UNIT_SCALE: OptionSpec =
 pub(crate) const CAUSAL: OptionSpec =
     OptionSpec { name: "causal", default: "true", help: "always true: a recurrence has no other form" };
 pub(crate) const CHUNK: OptionSpec =
-    OptionSpec { name: "chunk_len", default: "64", help: "tokens the chunked form handles at once" };
+    OptionSpec { name: "chunk_len", default: "32", help: "tokens the chunked form handles at once" };
 pub(crate) const FINE_CHUNK: OptionSpec =
     OptionSpec { name: "chunk_len", default: "16", help: "tokens the chunked form handles at once" };
 pub(crate) const LOG_DECAY: OptionSpec = OptionSpec {

@@ -3,9 +3,10 @@
 use super::pairs::{At, Pairs};
 use super::products::{Lower, multiply, multiply_turned, score_gradients, turn};
 use super::{BackScratch, sum_gradients};
-use crate::matrix_state::attend::{Scratch, erase_at, read_at, written};
+use crate::matrix_state::attend::{erase_at, read_at, written};
 use crate::matrix_state::fading::{Fading, weigh};
 use crate::matrix_state::lanes::{add, add_scaled, dot_f64, lose};
+use crate::matrix_state::scratch::Scratch;
 use crate::matrix_state::solve::solve_back;
 use crate::matrix_state::{Chunk, Erase, Options, Piece, Read};
 use attn_core::simd::Simd;
@@ -25,7 +26,7 @@ pub(super) fn keys_decay<S: Simd>(
 ) {
     let o = x.options;
     let Options { key_dim, value_dim, .. } = o;
-    let (len, writes, stride, width) = (chunk.len, chunk.writes, x.stride, x.fading.width);
+    let (len, writes, stride, width) = (chunk.len, chunk.writes, x.prepared.stride, x.prepared.fading.width);
     let own = usize::from(o.read == Read::Pre);
     let seen = |i: usize| (o.seen(i) + own).min(writes);
     let (state, z) = state.split_at(o.matrix_len());
@@ -45,34 +46,34 @@ pub(super) fn keys_decay<S: Simd>(
         ..
     } = back;
     // Out of the scratch, so that the rest of it can change meanwhile.
-    let solved = std::mem::take(&mut x.solved);
+    let solved = std::mem::take(&mut x.work.solved);
     let all_written = written(chunk, &solved, o.erase);
     let all_solved = solved.get(..writes * value_dim).unwrap_or_default();
 
     // What is left at the end: dS by the written rows, and the state before.
     d_written.resize(writes * value_dim, 0.0);
-    weigh(chunk.k, key_dim, &x.fading.end, width, &mut x.weighed);
-    multiply(simd, [writes, value_dim, key_dim], &x.weighed, d_state, d_written, Start::Zero);
-    let qk = Lower { data: &x.qk, stride, rows: len, seen: &seen };
+    weigh(chunk.k, key_dim, &x.prepared.fading.end, width, &mut x.work.weighed);
+    multiply(simd, [writes, value_dim, key_dim], &x.work.weighed, d_state, d_written, Start::Zero);
+    let qk = Lower { data: &x.prepared.qk, stride, rows: len, seen: &seen };
     qk.multiply_turned(simd, writes, d_reads, value_dim, d_written);
     d_written.iter_mut().zip(d_writes).for_each(|(d, more)| *d += more);
     turn(simd, d_state, key_dim, value_dim, ended);
     let mut ends = Ends { o: &o, ended, d_z, part: &mut *part, faded: &mut *faded, d_sums: &mut *d_sums };
-    ends.gradients(simd, all_written, chunk.k, &x.fading, &mut grads.k);
+    ends.gradients(simd, all_written, chunk.k, &x.prepared.fading, &mut grads.k);
     if o.erase == Erase::Untied {
-        ends.gradients(simd, all_solved, chunk.b, &x.fading, &mut grads.b);
+        ends.gradients(simd, all_solved, chunk.b, &x.prepared.fading, &mut grads.b);
     }
     // The state before, as it has faded at the end.
     if let Some(last) = writes.checked_sub(1).filter(|_| width > 0) {
         let rows = state.chunks_exact(value_dim).zip(d_state.chunks_exact_mut(value_dim));
         for (c, (row, d_row)) in rows.enumerate() {
             let own = if width == 1 { 0 } else { c };
-            lose(simd, x.fading.loss[own], d_row);
+            lose(simd, x.prepared.fading.loss[own], d_row);
             d_sums[last * width + own] += dot_f64(row, d_row);
         }
         for (c, (z, d_z)) in z.iter().zip(&mut *d_z).enumerate() {
             let own = if width == 1 { 0 } else { c };
-            *d_z += x.fading.loss[own] * *d_z;
+            *d_z += x.prepared.fading.loss[own] * *d_z;
             d_sums[last * width + own] += f64::from(*z) * f64::from(*d_z);
         }
     }
@@ -84,14 +85,14 @@ pub(super) fn keys_decay<S: Simd>(
             d_solved.clone_from(d_written);
         } else {
             d_solved.resize(writes * value_dim, 0.0);
-            weigh(chunk.b, key_dim, &x.fading.end, width, &mut x.weighed);
+            weigh(chunk.b, key_dim, &x.prepared.fading.end, width, &mut x.work.weighed);
             // `d_state` has faded by now: what ends is in `ended`, transposed.
             let end = turn(simd, ended, value_dim, key_dim, turned);
-            multiply(simd, [writes, value_dim, key_dim], &x.weighed, end, d_solved, Start::Zero);
-            let qb = Lower { data: &x.qb, stride, rows: len, seen: &seen };
+            multiply(simd, [writes, value_dim, key_dim], &x.work.weighed, end, d_solved, Start::Zero);
+            let qb = Lower { data: &x.prepared.qb, stride, rows: len, seen: &seen };
             qb.multiply_turned(simd, writes, d_reads, value_dim, d_solved);
         }
-        let matrix = if tied { &x.ak } else { &x.ab };
+        let matrix = if tied { &x.prepared.ak } else { &x.prepared.ab };
         let size = [writes, value_dim];
         solve_back(simd, matrix, stride, size, chunk.strength, d_solved, &mut grads.v);
         if tied && chunk.strength.is_empty() {
@@ -99,8 +100,8 @@ pub(super) fn keys_decay<S: Simd>(
         }
         if !chunk.strength.is_empty() {
             part.resize(writes * value_dim, 0.0);
-            multiply(simd, [writes, value_dim, key_dim], &x.a_faded, state, part, Start::Zero);
-            let ak = Lower { data: &x.ak, stride, rows: writes, seen: &|w| w };
+            multiply(simd, [writes, value_dim, key_dim], &x.prepared.a_faded, state, part, Start::Zero);
+            let ak = Lower { data: &x.prepared.ak, stride, rows: writes, seen: &|w| w };
             ak.multiply(simd, all_solved, value_dim, part);
             let rows = grads.strength.iter_mut().zip(&*part).zip(&grads.v);
             rows.for_each(|((d, y), dv)| *d = y * dv);
@@ -109,11 +110,11 @@ pub(super) fn keys_decay<S: Simd>(
         part.resize(writes * key_dim, 0.0);
         multiply(simd, [writes, key_dim, value_dim], d_solved, state_turned, part, Start::Zero);
         for (w, (da, part)) in grads.a.chunks_exact_mut(key_dim).zip(part.chunks_exact(key_dim)).enumerate() {
-            x.fading.fade(part, a_at(w), da);
+            x.prepared.fading.fade(part, a_at(w), da);
         }
-        multiply_turned(simd, [key_dim, value_dim, writes], &x.a_faded, d_solved, d_state);
+        multiply_turned(simd, [key_dim, value_dim, writes], &x.prepared.a_faded, d_solved, d_state);
         // Scores of the erasers.
-        let x_faded = std::mem::take(&mut x.a_faded);
+        let x_faded = std::mem::take(&mut x.prepared.a_faded);
         let erasers = Pairs { x: chunk.a, x_faded: &x_faded, at: &a_at, seen: &|w| w, y: chunk.k };
         score_gradients(simd, d_solved, all_written, value_dim, stride, &|w| w, [&mut *turned, &mut *scores]);
         erasers.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.a, &mut grads.k]);
@@ -136,10 +137,10 @@ pub(super) fn keys_decay<S: Simd>(
                 [&mut grads.a, &mut grads.b],
             );
             grads.v.copy_from_slice(d_written);
-            let ak = Lower { data: &x.ak, stride, rows: writes, seen: &|w| w };
+            let ak = Lower { data: &x.prepared.ak, stride, rows: writes, seen: &|w| w };
             ak.multiply_turned(simd, writes, d_solved, value_dim, &mut grads.v);
         }
-        x.a_faded = x_faded;
+        x.prepared.a_faded = x_faded;
     } else {
         grads.v.copy_from_slice(d_written);
     }
@@ -148,22 +149,22 @@ pub(super) fn keys_decay<S: Simd>(
     part.resize(len * key_dim, 0.0);
     multiply(simd, [len, key_dim, value_dim], d_reads, state_turned, part, Start::Zero);
     if o.norm {
-        let rows = part.chunks_exact_mut(key_dim).zip(x.q_faded.chunks_exact(key_dim)).zip(d_norms);
+        let rows = part.chunks_exact_mut(key_dim).zip(x.prepared.q_faded.chunks_exact(key_dim)).zip(d_norms);
         for ((part, q), d) in rows {
             add_scaled(simd, *d, z, part);
             add_scaled(simd, *d, q, d_z);
         }
     }
     for (i, (dq, part)) in grads.q.chunks_exact_mut(key_dim).zip(part.chunks_exact(key_dim)).enumerate() {
-        x.fading.fade(part, q_at(i), dq);
+        x.prepared.fading.fade(part, q_at(i), dq);
     }
-    multiply_turned(simd, [key_dim, value_dim, len], &x.q_faded, d_reads, d_state);
+    multiply_turned(simd, [key_dim, value_dim, len], &x.prepared.q_faded, d_reads, d_state);
     score_gradients(simd, d_reads, all_written, value_dim, stride, &seen, [&mut *turned, &mut *scores]);
     for (i, d) in d_norms.iter().enumerate().filter(|_| o.norm) {
         scores[i * stride..][..seen(i)].iter_mut().for_each(|score| *score += d);
     }
     let own_scores: Vec<f32> = (0..len * own).map(|i| std::mem::take(&mut scores[i * stride + i])).collect();
-    let x_faded = std::mem::take(&mut x.q_faded);
+    let x_faded = std::mem::take(&mut x.prepared.q_faded);
     let readers = |i: usize| o.seen(i).min(writes);
     let queries = Pairs { x: chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: chunk.k };
     queries.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.k]);
@@ -172,8 +173,8 @@ pub(super) fn keys_decay<S: Simd>(
         let queries = Pairs { x: chunk.q, x_faded: &x_faded, at: &q_at, seen: &readers, y: chunk.b };
         queries.run(simd, scores, x, [&mut *part, &mut *faded, &mut *weights], [&mut grads.q, &mut grads.b]);
     }
-    x.q_faded = x_faded;
-    x.solved = solved;
+    x.prepared.q_faded = x_faded;
+    x.work.solved = solved;
 
     // Decays.
     if width > 0 {

@@ -26,10 +26,11 @@ mod values;
 
 pub(super) use products::turn;
 
-use super::attend::{Scratch, fade_queries, prepare};
+use super::attend::{On, fade_queries, prepare};
 use super::head::Wanted;
 use super::lanes::dot_f64;
 use super::read::read;
+use super::scratch::Scratch;
 use super::solve::solve;
 use super::{Chunk, Decay, Erase, Piece};
 use attn_core::simd::{Simd, SimdOp};
@@ -100,14 +101,16 @@ impl SimdOp for Backward<'_> {
         back.d_sums.clear();
         back.d_sums.resize(chunk.log_decay.len(), 0.0);
         prepare(simd, chunk, x, Wanted::Reads, &mut || {});
-        if x.fading.key_width <= 1 {
+        if x.prepared.fading.key_width <= 1 {
             fade_queries(chunk, x);
         }
+        let Scratch { options, prepared, work, read: to, .. } = &mut *x;
+        let on = On { o: options, chunk, values: chunk.values(o.value_dim), prepared };
         if o.erase != Erase::None {
-            solve(simd, chunk, state, x);
+            solve(simd, &on, state, work);
         }
         if o.decay == Decay::Value {
-            read(simd, chunk, state, x, &mut || {});
+            read(simd, &on, state, work, [&mut to.rows, &mut to.norms], &mut || {});
             values_decay(simd, chunk, state, d_reads, d_state, grads, x, back);
         } else {
             keys_decay(simd, chunk, state, [d_reads, d_norms, d_writes], d_state, grads, x, back);

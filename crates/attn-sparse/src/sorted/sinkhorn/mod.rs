@@ -26,8 +26,8 @@
 //! ```
 //!
 //! `Causal` has `n_top` further sources whose `L` is 0: a learned null key and value, in every slot. In the second half of its
-//! heads the first `m - 1` tokens stand in a group of their own, without mixtures, and buckets begin behind them. (The authors
-//! rotate these heads by `m - 1`.) No query depends on a later token: **strictly causal**.
+//! heads (all of a single one) the first `m - 1` tokens stand in a group of their own, without mixtures, and buckets begin behind
+//! them. (The authors rotate these heads by `m - 1`.) No query depends on a later token: **strictly causal**.
 //!
 //! Cost: `n m (1 + n_top)` pairs; mixing `2 (n / m) n (head_dim + head_dim_v)` FLOPs for `Soft`, and one row a slot otherwise;
 //! logits `2 (n / m)^2 head_dim` FLOPs. With the default `m` about `sqrt(n)` all grow as `n^1.5` at most. Memory `O(n)` then, and
@@ -242,7 +242,7 @@ impl Sinkhorn {
         Ok(heads.flat_map(|at| forward.weights(at).dense()).collect())
     }
 
-    /// The definition in f64. Which buckets are the largest is decided as [`Sinkhorn::forward_with`] does.
+    /// The definition in f64, over the weights `R` that [`Sinkhorn::forward_with`] uses.
     ///
     /// # Errors
     /// As [`Sinkhorn::forward_with`].

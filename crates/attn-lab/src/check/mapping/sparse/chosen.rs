@@ -18,6 +18,8 @@ pub(super) const TABLE: &[Row] = &[
             ("num_slash", Rule::As("num_slash")),
             ("num_vertical", Rule::As("num_vertical")),
         ],
+        // The reference finds distances for the first head alone; ours finds each head's own.
+        given: &[("vertical", "vertical"), ("slash", "slash")],
         ..SPARSE
     },
     Row {
@@ -97,6 +99,8 @@ pub(super) const TABLE: &[Row] = &[
             ("index_activation", Rule::Only("relu")),
             ("index_scale", Rule::Only("DI**-0.5")),
         ],
+        // Many index scores are 0, and equal ones have no order.
+        given: &[("selected", "selected")],
         ..SPARSE
     },
     Row {
@@ -126,6 +130,7 @@ pub(super) const TABLE: &[Row] = &[
             ("index_topk", Rule::As("top_k")),
             ("index_scale", Rule::Only("DI**-0.5 on dots, HI**-0.5 on weights")),
         ],
+        given: &[("compressed_mask", "compressed_mask")],
         ..SPARSE
     },
     Row {
@@ -160,7 +165,7 @@ pub(super) const TABLE: &[Row] = &[
         variant: "reformer-lsh",
         ours: "reformer-lsh",
         options: &[
-            ("causal", Rule::As("causal_mask")),
+            ("causal", Rule::As("causal")),
             ("bucket_size", Rule::As("bucket_size")),
             ("n_hashes", Rule::As("n_hashes")),
             ("n_buckets", Rule::As("n_buckets")),
@@ -175,7 +180,7 @@ pub(super) const TABLE: &[Row] = &[
         ours: "routing",
         set: &[("mean_eps", "1e-5")],
         options: &[
-            ("causal", Rule::As("causal_mask")),
+            ("causal", Rule::As("causal")),
             ("num_clusters", Rule::As("num_clusters")),
             ("window", Rule::As("window")),
             ("shared_qk", Rule::As("shared_qk")),
@@ -191,8 +196,10 @@ pub(super) const TABLE: &[Row] = &[
             ("kind", Rule::As("kind")),
             ("bucket_size", Rule::As("bucket_size")),
             ("n_top", Rule::As("n_top")),
-            ("temperature", Rule::As("temperature")),
         ],
+        set: &[("temperature", "1")],
+        // The reference has one, and does not use it for these kinds.
+        remarks: &["temperature"],
         ..SPARSE
     },
 ];

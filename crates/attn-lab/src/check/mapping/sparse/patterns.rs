@@ -125,6 +125,8 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "sparse-transformer-strided",
         ours: "sparse-transformer-strided",
+        // Without a word, the first half of the heads has the local part, the others the strided one.
+        set: &[("merged", "false")],
         options: &[
             ("causal", Rule::Only("true")),
             ("stride", Rule::As("stride")),
