@@ -52,10 +52,12 @@ mod block_mask;
 mod decider;
 mod decode;
 mod longnet;
+mod mass;
 mod memory;
 mod pairs;
 mod parts;
 mod patterns;
+mod picture;
 mod prefill;
 mod registry;
 mod residues;
@@ -66,12 +68,15 @@ pub mod select;
 mod sorted;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
-pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
+pub use block_mask::{
+    BlockColumns, BlockMask, BlockSizes, BlockStatistics, Builder, FlexLists, PaddedLists, SharedMask, Spread,
+};
 pub use decider::{Decider, Decision, Pattern, Promises, Work};
 pub use decode::{
     EvictionPolicy, EvictionStream, Importance, KvEviction, Pooling, Quest, Share, Survivors, pyramid_budgets,
 };
 pub use longnet::{Branch, LongNet};
+pub use mass::{Mass, RowMass};
 pub use memory::Memory;
 pub use parts::{Order, Part, Parted, PartedAttention};
 pub use patterns::{
@@ -81,6 +86,7 @@ pub use patterns::{
     PerHead, PrefixLm, ProjectedGrads, Radial, SeenBlocks, SinkWindow, SlidingTile, SlidingWindow,
     SpanLayout, StridedAttention, Union, VariableLayout, VideoHeads, VideoKinds,
 };
+pub use picture::Picture;
 pub use prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };

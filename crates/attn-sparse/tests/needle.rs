@@ -43,7 +43,12 @@ fn found(name: &str, options: &str, haystack: &NamedTensors) -> Vec<bool> {
 #[test]
 fn what_selects_by_content_finds_it() {
     let haystack = haystack();
-    for (name, options) in [("quest", "causal=true"), ("quest", "causal=true page_len=64 token_budget=256")] {
+    for (name, options) in [
+        ("quest", "causal=true"),
+        ("quest", "causal=true page_len=64 token_budget=256"),
+        ("topk", "causal=true"),
+        ("topk", "causal=true topk=1"),
+    ] {
         assert_eq!(found(name, options, &haystack), [true; 3], "{name} {options}");
     }
 }

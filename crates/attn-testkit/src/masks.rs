@@ -64,9 +64,27 @@ fn check_rows(mask: &impl Mask, head: Head, rows: Range<usize>, n_kv: usize) -> 
             }
         }
     }
+    if mask.sees_spans(head, rows.clone()) {
+        let keys = || spans.iter().cloned().flatten();
+        let mut pairs = rows.clone().flat_map(|i| keys().map(move |j| (i, j)));
+        if let Some((i, j)) = pairs.find(|&(i, j)| !mask.sees(head.pair(i, j))) {
+            return Err(format!(
+                "rows {rows:?} are said to see their spans, but row {i} does not see key {j}"
+            ));
+        }
+    }
     for block_kv in [1, 3, 16, n_kv] {
         for keys in blocks(n_kv, block_kv) {
             let cover = mask.cover(head, rows.clone(), keys.clone());
+            let (n, stride) = (rows.len(), rows.len() + 1);
+            let (mut tile, mut one_by_one) = (vec![0.0; keys.len() * stride], vec![0.0; keys.len() * stride]);
+            mask.hide_tile(head, rows.clone(), keys.clone(), &mut tile, stride);
+            for (j, scores) in keys.clone().zip(one_by_one.chunks_exact_mut(stride)) {
+                mask.hide(head, rows.clone(), j, &mut scores[..n]);
+            }
+            if tile != one_by_one {
+                return Err(format!("hide_tile and hide differ on {rows:?} x {keys:?}"));
+            }
             let contradicts = |seen: bool| match cover {
                 Cover::Empty => seen,
                 Cover::Full => !seen,

@@ -112,6 +112,10 @@ impl Mask for Band {
         scores[..first].fill(f32::NEG_INFINITY);
         scores[end..rows.len()].fill(f32::NEG_INFINITY);
     }
+
+    fn is_shared_by(&self, _: usize, _: Range<usize>) -> bool {
+        true
+    }
 }
 
 /// A [`Band`] whose offset differs by batch entry: caches that are filled to different lengths, as in ONNX Attention with
@@ -176,5 +180,9 @@ impl Mask for BandPerBatch {
     #[inline(always)]
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
         self.band(head.batch).hide(head, rows, j, scores);
+    }
+
+    fn is_shared_by(&self, _: usize, _: Range<usize>) -> bool {
+        true
     }
 }

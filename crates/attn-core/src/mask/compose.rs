@@ -46,6 +46,10 @@ impl<A: Mask, B: Mask> Mask for And<A, B> {
         self.0.hide(head, rows.clone(), j, scores);
         self.1.hide(head, rows, j, scores);
     }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        self.0.is_shared_by(batch, heads.clone()) && self.1.is_shared_by(batch, heads)
+    }
 }
 
 /// Seen by either.
@@ -75,5 +79,9 @@ impl<A: Mask, B: Mask> Mask for Or<A, B> {
             (Cover::Empty, Cover::Empty) => Cover::Empty,
             _ => Cover::Partial,
         }
+    }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        self.0.is_shared_by(batch, heads.clone()) && self.1.is_shared_by(batch, heads)
     }
 }

@@ -28,6 +28,14 @@ impl Mask for KeysBelow {
             Cover::Partial
         }
     }
+
+    fn sees_spans(&self, _: Head, _: Range<usize>) -> bool {
+        true
+    }
+
+    fn is_shared_by(&self, _: usize, _: Range<usize>) -> bool {
+        true
+    }
 }
 
 /// Keys `j < len` of each batch entry are seen: padding at the end of sequences of different lengths.
@@ -76,5 +84,9 @@ impl Mask for KeyLengths {
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
         KeysBelow(self.0.of(head.batch)).cover(head, rows, keys)
+    }
+
+    fn is_shared_by(&self, _: usize, _: Range<usize>) -> bool {
+        true
     }
 }

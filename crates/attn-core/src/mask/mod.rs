@@ -130,6 +130,35 @@ pub trait Mask: Sync {
             }
         }
     }
+
+    /// [`Mask::hide`] for several keys: the scores of key `j` start at `scores[(j - keys.start) * stride]`.
+    #[inline(always)]
+    fn hide_tile(
+        &self,
+        head: Head,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        for (at, j) in keys.enumerate() {
+            self.hide(head, rows.clone(), j, &mut scores[at * stride..][..rows.len()]);
+        }
+    }
+
+    /// Whether each of `rows` sees every key of their [`Mask::spans`]: then nobody asks for covers. `false` is always a
+    /// correct answer.
+    fn sees_spans(&self, head: Head, rows: Range<usize>) -> bool {
+        let _ = (head, rows);
+        false
+    }
+
+    /// Whether all these query heads of a batch entry see the same: then one is asked for all. `false` is always a correct
+    /// answer.
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        let _ = batch;
+        heads.len() <= 1
+    }
 }
 
 impl<M: Mask + ?Sized> Mask for &M {
@@ -153,6 +182,26 @@ impl<M: Mask + ?Sized> Mask for &M {
     #[inline(always)]
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
         (**self).hide(head, rows, j, scores);
+    }
+
+    #[inline(always)]
+    fn hide_tile(
+        &self,
+        head: Head,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        (**self).hide_tile(head, rows, keys, scores, stride);
+    }
+
+    fn sees_spans(&self, head: Head, rows: Range<usize>) -> bool {
+        (**self).sees_spans(head, rows)
+    }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        (**self).is_shared_by(batch, heads)
     }
 }
 
@@ -183,6 +232,14 @@ impl<M: Mask> Mask for Option<M> {
         if let Some(mask) = self {
             mask.hide(head, rows, j, scores);
         }
+    }
+
+    fn sees_spans(&self, head: Head, rows: Range<usize>) -> bool {
+        self.as_ref().is_none_or(|mask| mask.sees_spans(head, rows))
+    }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        self.as_ref().is_none_or(|mask| mask.is_shared_by(batch, heads))
     }
 }
 
@@ -215,6 +272,14 @@ impl Mask for SeeAll {
 
     fn cover(&self, _: Head, _: Range<usize>, _: Range<usize>) -> Cover {
         Cover::Full
+    }
+
+    fn sees_spans(&self, _: Head, _: Range<usize>) -> bool {
+        true
+    }
+
+    fn is_shared_by(&self, _: usize, _: Range<usize>) -> bool {
+        true
     }
 }
 

@@ -6,21 +6,31 @@
 //! A listed block is *full*, every pair seen, or *partial*: its pairs are asked one by one of the mask *inside*. A block
 //! that is not listed is not seen.
 //!
+//! Masks compose (`and`, `or`), are read from the side of the keys (`transpose`), counted (`statistics`), stored (`to_bytes`)
+//! and drawn ([`crate::Picture`]).
+//!
 //! Memory is `O(entries)`; nothing of size `n_q * n_kv` exists. Blocks of one query and one key are lists of tokens.
 //!
 //! Source of the idea: Child et al. 2019 (block layouts); Dong et al. 2024 (FlexAttention's full and partial blocks).
 
+mod bits;
 mod build;
+mod columns;
+mod compose;
 mod flex_lists;
 mod given;
 mod rows;
+mod statistics;
+mod stored;
 #[cfg(test)]
 mod tests;
 
 use attn_core::mask::{Cover, Head, Mask, Pair};
 use attn_core::{AttnError, AttnShape, Result};
 pub use build::Builder;
+pub use columns::BlockColumns;
 pub use flex_lists::{FlexLists, PaddedLists};
+pub use statistics::{BlockStatistics, Spread};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -232,6 +242,28 @@ impl Mask for BlockMask {
     }
 
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
-        self.hide_rows(head, rows, j, scores);
+        self.hide_pairs(head, rows, j..j + 1, scores, 0);
+    }
+
+    fn hide_tile(
+        &self,
+        head: Head,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        self.hide_pairs(head, rows, keys, scores, stride);
+    }
+
+    fn sees_spans(&self, head: Head, rows: Range<usize>) -> bool {
+        self.spans_are_full(head, rows)
+    }
+
+    fn is_shared_by(&self, batch: usize, heads: Range<usize>) -> bool {
+        let (first, last) = (heads.start, heads.end.saturating_sub(1));
+        let list = |head| self.list(Head { batch, head });
+        let inside = || self.inside.as_ref().is_none_or(|inside| inside.is_shared_by(batch, heads.clone()));
+        heads.len() <= 1 || list(first) == list(last) && inside()
     }
 }

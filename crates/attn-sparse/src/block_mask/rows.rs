@@ -14,17 +14,22 @@ impl BlockMask {
 
     pub(super) fn spans_of(&self, head: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
         let list = self.list(head);
-        let rows: Vec<_> = self.cut(rows).map(|(row, _)| self.entries(list, row)).collect();
-        let (mut spans, mut merged): (Vec<Range<usize>>, Vec<u32>) = (Vec::new(), Vec::new());
-        let blocks = match rows.as_slice() {
-            [one] => &self.blocks[one.clone()],
-            many => {
-                merged.extend(many.iter().flat_map(|row| &self.blocks[row.clone()]));
-                merged.sort_unstable();
-                merged.dedup();
-                &merged
+        let entries = |row: usize| self.entries(list, row);
+        let mut touched = self.cut(rows.clone()).map(|(row, _)| row);
+        let Some(first) = touched.next() else { return Vec::new() };
+        let mut partial = self.partial[entries(first)].contains(&true);
+        let (mut last, mut lists) = (first, vec![&self.blocks[entries(first)]]);
+        for row in touched {
+            partial |= self.partial[entries(row)].contains(&true);
+            // Neighbours often see the same.
+            if self.blocks[entries(row)] != self.blocks[entries(last)] {
+                lists.push(&self.blocks[entries(row)]);
+                last = row;
             }
-        };
+        }
+        let merged = either(&lists);
+        let blocks = if let [one] = lists.as_slice() { one } else { merged.as_slice() };
+        let mut spans: Vec<Range<usize>> = Vec::with_capacity(blocks.len());
         for &block in blocks {
             let first = block as usize * self.sizes.kv;
             let end = (first + self.sizes.kv).min(n_kv);
@@ -34,7 +39,20 @@ impl BlockMask {
                 _ => {}
             }
         }
-        spans
+        match &self.inside {
+            Some(inside) if partial => common(&spans, &inside.spans(head, rows, n_kv)),
+            _ => spans,
+        }
+    }
+
+    /// Whether all rows see the same blocks, and none of them is partial.
+    pub(super) fn spans_are_full(&self, head: Head, rows: Range<usize>) -> bool {
+        let list = self.list(head);
+        let mut touched = self.cut(rows).map(|(row, _)| self.entries(list, row));
+        let Some(first) = touched.next() else { return true };
+        let alike = |row: Range<usize>| self.blocks[row] == self.blocks[first.clone()];
+        !self.partial[first.clone()].contains(&true)
+            && touched.all(|row| !self.partial[row.clone()].contains(&true) && alike(row))
     }
 
     pub(super) fn cover_of(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
@@ -78,15 +96,58 @@ impl BlockMask {
         }
     }
 
-    pub(super) fn hide_rows(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
-        let (list, block, start) = (self.list(head), j / self.sizes.kv, rows.start);
+    /// Hides what `rows` do not see of `keys`; the scores of a key are `stride` numbers apart.
+    pub(super) fn hide_pairs(
+        &self,
+        head: Head,
+        rows: Range<usize>,
+        keys: Range<usize>,
+        scores: &mut [f32],
+        stride: usize,
+    ) {
+        let (list, start, size) = (self.list(head), rows.start, self.sizes.kv);
         for (block_row, rows) in self.cut(rows) {
-            let scores = &mut scores[rows.start - start..rows.end - start];
-            match (self.find(list, block_row, block), &self.inside) {
-                (None, _) => scores.fill(f32::NEG_INFINITY),
-                (Some(entry), Some(inside)) if self.partial[entry] => inside.hide(head, rows, j, scores),
-                _ => {}
+            let mut first = keys.start;
+            while first < keys.end {
+                let block = first / size;
+                let some = first..keys.end.min((block + 1) * size);
+                let scores = &mut scores[(first - keys.start) * stride + rows.start - start..];
+                match (self.find(list, block_row, block), &self.inside) {
+                    (None, _) => {
+                        let hidden = (0..some.len()).map(|key| key * stride..key * stride + rows.len());
+                        hidden.for_each(|row| scores[row].fill(f32::NEG_INFINITY));
+                    }
+                    (Some(entry), Some(inside)) if self.partial[entry] => {
+                        inside.hide_tile(head, rows.clone(), some.clone(), scores, stride);
+                    }
+                    _ => {}
+                }
+                first = some.end;
             }
         }
     }
+}
+
+/// Blocks of any of several ascending lists, ascending; nothing for one list, which is there already.
+fn either(lists: &[&[u32]]) -> Vec<u32> {
+    if lists.len() < 2 {
+        return Vec::new();
+    }
+    let mut blocks = lists.concat();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
+}
+
+/// What two lists of ranges, each sorted and disjoint, have in common.
+fn common(a: &[Range<usize>], b: &[Range<usize>]) -> Vec<Range<usize>> {
+    let (mut both, mut at) = (Vec::with_capacity(a.len()), 0);
+    for x in a {
+        while b.get(at).is_some_and(|y| y.end <= x.start) {
+            at += 1;
+        }
+        let meets = b[at..].iter().take_while(|y| y.start < x.end);
+        both.extend(meets.map(|y| x.start.max(y.start)..x.end.min(y.end)));
+    }
+    both
 }

@@ -121,3 +121,125 @@ fn malformed_lists_are_refused() {
     says(builder.clone().per_head(2).from_dense(&[]), "heads");
     says(Builder::new(&shape(4, 4), BlockSizes { q: 0, kv: 1 }).from_inside(), "block_q");
 }
+
+/// A mask of blocks with lists of their own for two pairs of heads, cut by a band.
+fn windows(s: &AttnShape, sizes: BlockSizes, left: usize) -> BlockMask {
+    let band = Band { left: Some(left), ..Band::causal(s, Align::BottomRight) };
+    let cols = s.n_kv.div_ceil(sizes.kv);
+    let builder = Builder::new(s, sizes).per_head(s.n_heads_q / 2).inside(Arc::new(band));
+    builder.from_rows(|_, list, row| (0..cols).filter(|col| (col + row + list) % 3 != 0).collect()).unwrap()
+}
+
+fn heads_shape(n_q: usize, n_kv: usize) -> AttnShape {
+    AttnShape { n_heads_q: 4, n_heads_kv: 2, ..shape(n_q, n_kv) }
+}
+
+#[test]
+fn both_and_either_of_two_masks_see_what_they_say() {
+    for (n_q, n_kv) in [(13, 17), (16, 16), (1, 5), (0, 4)] {
+        let s = heads_shape(n_q, n_kv);
+        for sizes in [BlockSizes::square(4), BlockSizes { q: 2, kv: 6 }, BlockSizes { q: 3, kv: 5 }] {
+            let (a, b) = (windows(&s, BlockSizes::square(4), 9), windows(&s, sizes, 5));
+            let full =
+                Builder::new(&s, sizes).from_rows(|_, _, row| vec![row % n_kv.div_ceil(sizes.kv)]).unwrap();
+            for (a, b) in [(&a, &b), (&b, &a), (&a, &full), (&full, &full)] {
+                check(&a.and(b).unwrap(), |p| a.sees(p) && b.sees(p));
+                check(&a.or(b).unwrap(), |p| a.sees(p) || b.sees(p));
+            }
+            assert!(full.or(&full).unwrap().inside().is_none(), "full blocks need no mask inside");
+            assert_eq!(full.and(&full).unwrap().n_blocks(), full.n_blocks());
+        }
+    }
+    let (a, b) = (heads_shape(8, 8), heads_shape(8, 9));
+    let error = windows(&a, BlockSizes::square(2), 3).or(&windows(&b, BlockSizes::square(2), 3)).unwrap_err();
+    assert!(error.to_string().contains("n_kv is 9, expected 8"), "{error}");
+}
+
+#[test]
+fn bits_and_bytes_see_the_same_pairs() {
+    for (n_q, n_kv) in [(13, 17), (32, 32), (1, 1), (0, 0), (130, 130)] {
+        let s = AttnShape { batch: 2, ..heads_shape(n_q, n_kv) };
+        for sizes in [BlockSizes::square(4), BlockSizes { q: 3, kv: 64 }, BlockSizes::square(1)] {
+            let mask = windows(&s, sizes, 7);
+            let (bits, read) = (mask.with_bits(), BlockMask::from_bytes(&mask.to_bytes().unwrap()).unwrap());
+            for other in [&bits, &read] {
+                check(other, |p| mask.sees(p));
+                assert_eq!((other.n_blocks(), other.n_pairs()), (mask.n_blocks(), mask.n_pairs()));
+                assert_eq!((other.shape(), other.heads(), other.batch()), (mask.shape(), 2, 1));
+            }
+            assert_eq!(read.to_bytes().unwrap(), bits.to_bytes().unwrap());
+        }
+    }
+    let full = Builder::new(&shape(6, 6), BlockSizes::square(2)).from_rows(|_, _, row| vec![row]).unwrap();
+    assert!(BlockMask::from_bytes(&full.to_bytes().unwrap()).unwrap().inside().is_none());
+}
+
+#[test]
+fn malformed_bytes_are_refused() {
+    let bytes = windows(&heads_shape(9, 9), BlockSizes::square(4), 3).to_bytes().unwrap();
+    for cut in [0, 7, 8, 100, bytes.len() - 1] {
+        assert!(BlockMask::from_bytes(&bytes[..cut]).is_err(), "{cut} bytes");
+    }
+    // Every byte of the numbers, changed: refused, or another mask that can be asked.
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    for at in header..bytes.len() {
+        for change in [1, 0x80, 0xff] {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= change;
+            if let Ok(mask) = BlockMask::from_bytes(&bytes) {
+                let small = mask.shape().n_q < 100 && mask.shape().n_kv < 100;
+                assert!(!small || mask.n_blocks() <= 1000);
+                mask.sees(HEAD.pair(0, 0));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_transpose_lists_who_sees_a_block() {
+    let s = AttnShape { batch: 2, ..heads_shape(11, 17) };
+    let mask = windows(&s, BlockSizes { q: 2, kv: 3 }, 6);
+    let columns = mask.transpose();
+    assert_eq!(columns.n_block_cols(), mask.n_block_cols());
+    for head in (0..2).flat_map(|batch| (0..4).map(move |head| Head { batch, head })) {
+        for block in 0..mask.n_block_cols() {
+            let rows = 0..mask.n_block_rows();
+            let listed = rows.filter_map(|row| {
+                mask.row(head, row).find(|(col, _)| *col == block).map(|(_, partial)| (row, partial))
+            });
+            assert!(columns.column(head, block).eq(listed), "{head:?}, block {block}");
+        }
+    }
+}
+
+#[test]
+fn statistics_count_pairs_and_blocks() {
+    let s = shape(10, 10);
+    let causal = Arc::new(Band::causal(&s, Align::BottomRight));
+    let mask = Builder::new(&s, BlockSizes::square(4)).inside(causal).from_inside().unwrap();
+    let found = mask.statistics();
+    assert_eq!((found.pairs, found.blocks, found.partial), (55, 6, 3));
+    assert_eq!(found.keys_per_query, Spread { min: 1, mean: 5.5, max: 10 });
+    assert_eq!(found.blocks_per_row, Spread { min: 1, mean: 2.0, max: 3 });
+    assert_eq!((found.pair_density, found.block_density), (0.55, 6.0 / 9.0));
+    assert!(found.to_string().contains("55 pairs (55.00 %)"), "{found}");
+    let nothing = Builder::new(&shape(0, 4), BlockSizes::square(4)).from_inside().unwrap().statistics();
+    assert_eq!((nothing.pairs, nothing.pair_density), (0, 0.0));
+}
+
+#[test]
+fn spans_that_are_seen_are_said_to_be() {
+    let s = shape(8, 12);
+    let lists = [vec![0, 2], vec![0, 2], vec![1], vec![]];
+    let mask =
+        Builder::new(&s, BlockSizes { q: 2, kv: 3 }).from_rows(|_, _, row| lists[row].clone()).unwrap();
+    assert!(mask.sees_spans(HEAD, 0..4) && mask.sees_spans(HEAD, 5..6) && mask.sees_spans(HEAD, 6..8));
+    assert!(!mask.sees_spans(HEAD, 3..5) && !mask.sees_spans(HEAD, 5..7));
+    let band = Arc::new(Band::causal(&s, Align::BottomRight));
+    let cut = Builder::new(&s, BlockSizes::square(4)).inside(band).from_inside().unwrap();
+    assert!(!cut.sees_spans(HEAD, 0..1));
+    assert_eq!(cut.spans(HEAD, 0..2, 12), [0..6], "cut to what the mask inside can see");
+    let s = heads_shape(8, 8);
+    let lists = windows(&s, BlockSizes::square(2), 3);
+    assert!(lists.is_shared_by(0, 0..2) && lists.is_shared_by(0, 2..4) && !lists.is_shared_by(0, 1..3));
+}

@@ -28,6 +28,7 @@
 mod lifetimes;
 mod mass;
 mod policy;
+mod row_product;
 mod slots;
 mod step;
 mod stream;

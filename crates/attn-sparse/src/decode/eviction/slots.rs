@@ -11,6 +11,8 @@ pub(super) const ALIVE: u32 = u32::MAX;
 pub(super) struct Slots {
     pub(super) head_dim: usize,
     pub(super) head_dim_v: usize,
+    /// `head_dim_v`, rounded up to whole vectors.
+    pub(super) v_stride: usize,
     /// Query heads that read it.
     pub(super) group: usize,
     /// Slots there is room for, and at most.
@@ -18,7 +20,7 @@ pub(super) struct Slots {
     limit: usize,
     /// `[head_dim, capacity]`.
     pub(super) k: Vec<f32>,
-    /// `[capacity, head_dim_v]`.
+    /// `[capacity, v_stride]`.
     pub(super) v: Vec<f32>,
     /// Of each slot that is taken.
     pub(super) positions: Vec<usize>,
@@ -57,6 +59,7 @@ impl Slots {
         Self {
             head_dim,
             head_dim_v,
+            v_stride: head_dim_v.next_multiple_of(LANES),
             group,
             capacity: 0,
             limit: most.saturating_add(1).min(usize::MAX / 2),
@@ -108,7 +111,7 @@ impl Slots {
         self.k = wider(&self.k, self.head_dim);
         self.weights = wider(&self.weights, self.group);
         self.ring = wider(&self.ring, self.window);
-        self.v.resize(new * self.head_dim_v, 0.0);
+        self.v.resize(new * self.v_stride, 0.0);
         self.mean.resize(new, 0.0);
         self.memory.resize(new, 0.0);
         self.worth.resize(new, 0.0);
@@ -124,7 +127,7 @@ impl Slots {
         self.positions.push(position);
         self.order.push(slot);
         k.iter().enumerate().for_each(|(c, k)| self.k[c * self.capacity + slot] = *k);
-        self.v[slot * self.head_dim_v..][..self.head_dim_v].copy_from_slice(v);
+        self.v[slot * self.v_stride..][..self.head_dim_v].copy_from_slice(v);
         (0..self.window).for_each(|row| self.ring[row * self.capacity + slot] = 0.0);
         let norm = || k.iter().map(|k| f64::from(*k) * f64::from(*k)).sum::<f64>().sqrt();
         self.memory[slot] = match importance {
@@ -166,7 +169,7 @@ impl Slots {
         for row in self.k.chunks_exact_mut(columns).chain(self.ring.chunks_exact_mut(columns)) {
             row[slot] = row[moved];
         }
-        self.v.copy_within(moved * self.head_dim_v..(moved + 1) * self.head_dim_v, slot * self.head_dim_v);
+        self.v.copy_within(moved * self.v_stride..(moved + 1) * self.v_stride, slot * self.v_stride);
         self.memory[slot] = self.memory[moved];
         self.worth[slot] = self.worth[moved];
     }

@@ -1,11 +1,12 @@
 //! One token after another: attend what is held, learn from the weights, evict.
 
 use super::policy::{EvictionPolicy, Importance, Share};
+use super::row_product::row_product;
 use super::slots::{LANES, Slots};
 use super::worth::smooth;
 use crate::decode::rows::widen_row;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, exp2, product};
+use attn_core::tile::exp2;
 use attn_core::{OutRows, Qkv};
 use std::ops::Range;
 
@@ -35,7 +36,7 @@ impl SimdOp for Walk<'_, '_> {
         let group = shape.group_size();
         let mut q = vec![0.0; group * shape.head_dim];
         let (mut k, mut v) = (vec![0.0; shape.head_dim], vec![0.0; shape.head_dim_v]);
-        let mut out = vec![0.0; group * shape.head_dim_v];
+        let mut out = vec![0.0; shape.head_dim_v.next_multiple_of(LANES)];
         let factor = self.softmax_scale * std::f32::consts::LOG2_E;
         for i in 0..shape.n_q {
             let position = self.first + i;
@@ -73,15 +74,8 @@ impl SimdOp for Walk<'_, '_> {
 #[inline(always)]
 fn score<S: Simd>(simd: S, head: &mut Slots, q: &[f32]) {
     let (n, padded) = (head.len(), head.padded());
-    product(
-        simd,
-        [head.group, padded, head.head_dim],
-        Lhs { data: q, row_stride: head.head_dim, col_stride: 1 },
-        Rhs { data: &head.k, stride: head.capacity },
-        TileMut { data: &mut head.weights, stride: head.capacity },
-        Start::Zero,
-    );
-    for row in head.weights.chunks_exact_mut(head.capacity) {
+    for (q, row) in q.chunks_exact(head.head_dim).zip(head.weights.chunks_exact_mut(head.capacity)) {
+        row_product(simd, q, &head.k, head.capacity, &mut row[..padded]);
         row[n..padded].fill(f32::NEG_INFINITY);
     }
 }
@@ -124,15 +118,9 @@ fn add_mean(head: &mut Slots, g: usize, by: f32) {
 /// `out [head_dim_v] = by * weights [slots] * v [slots, head_dim_v]`.
 #[inline(always)]
 fn mix<S: Simd>(simd: S, head: &Slots, g: usize, by: f32, out: &mut [f32]) {
-    product(
-        simd,
-        [1, head.head_dim_v, head.len()],
-        Lhs { data: &head.weights[g * head.capacity..], row_stride: head.capacity, col_stride: 1 },
-        Rhs { data: &head.v, stride: head.head_dim_v },
-        TileMut { data: out, stride: head.head_dim_v },
-        Start::Zero,
-    );
-    out[..head.head_dim_v].iter_mut().for_each(|o| *o *= by);
+    let weights = &head.weights[g * head.capacity..][..head.len()];
+    row_product(simd, weights, &head.v, head.v_stride, out);
+    out.iter_mut().for_each(|o| *o *= by);
 }
 
 /// What every slot is worth after the query at `position`.
@@ -181,14 +169,7 @@ fn differ<S: Simd>(simd: S, head: &mut Slots) {
     let by = if norm > 0.0 { 1.0 / norm } else { 0.0 };
     let anchor: Vec<f32> = head.anchor.iter().map(|a| (by * a) as f32).collect();
     let mut cosines = vec![0.0; padded];
-    product(
-        simd,
-        [1, padded, head.head_dim],
-        Lhs { data: &anchor, row_stride: head.head_dim, col_stride: 1 },
-        Rhs { data: &head.k, stride: head.capacity },
-        TileMut { data: &mut cosines, stride: padded },
-        Start::Zero,
-    );
+    row_product(simd, &anchor, &head.k, head.capacity, &mut cosines);
     for ((worth, inverse), cosine) in head.worth.iter_mut().zip(&head.memory).zip(&cosines[..n]) {
         *worth = -inverse * f64::from(*cosine);
     }
