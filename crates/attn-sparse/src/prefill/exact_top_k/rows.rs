@@ -80,7 +80,9 @@ impl SimdOp for TopRows<'_, '_> {
             panel.start(x, keys, (top_k, lanes), position, end_of(first + lanes - 1));
         }
         let most = panels[..n_panels].iter().map(|panel| panel.n_keys).max().unwrap_or(0);
-        for first in (0..most).step_by(TILE) {
+        // From the last tile to the first: near keys often score highest, and the sooner the thresholds rise, the fewer keys
+        // pass. The choice does not depend on the order.
+        for first in (0..most).step_by(TILE).rev() {
             let tile = first..(first + TILE).min(most);
             let lhs = keys.lhs(simd, tile.clone(), scratch);
             for panel in panels[..n_panels].iter_mut().filter(|panel| panel.n_keys > first) {
