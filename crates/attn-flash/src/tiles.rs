@@ -48,11 +48,6 @@ impl TileSizes {
         Self { rows_apart: true, ..self }
     }
 
-    /// The same sizes, without [`TileSizes::rows_apart`].
-    pub(crate) fn side_by_side(self) -> Self {
-        Self { rows_apart: false, ..self }
-    }
-
     /// Whether rows are attended one by one.
     pub(crate) fn are_rows_apart(&self) -> bool {
         self.rows_apart

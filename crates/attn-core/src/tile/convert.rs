@@ -208,13 +208,14 @@ pub fn read_rows<S: Simd, E: Stored>(simd: S, rows: Rows<'_, E>, out: &mut [f32]
     for (row, out) in rows.iter().zip(out[..rows.len() * width].chunks_exact_mut(width)) {
         for (from, to) in row.chunks(step).zip(out.chunks_mut(step)) {
             let four = load4_padded(simd, from);
+            // By reference: an array that is iterated by value goes through memory, vector by vector.
             if to.len() == step {
-                for (to, vector) in to.chunks_exact_mut(S::f32s::LEN).zip(four) {
+                for (to, vector) in to.chunks_exact_mut(S::f32s::LEN).zip(&four) {
                     vector.store_slice(to);
                 }
             } else {
                 let mut padded = [0.0; 4 * super::MAX_LANES];
-                for (to, vector) in padded.chunks_exact_mut(S::f32s::LEN).zip(four) {
+                for (to, vector) in padded.chunks_exact_mut(S::f32s::LEN).zip(&four) {
                     vector.store_slice(to);
                 }
                 to.copy_from_slice(&padded[..to.len()]);

@@ -1,25 +1,28 @@
 //! Cuts the spans that a block of queries sees into the chunks of keys that one tile takes.
 //!
-//! A span of [`SHORT`] keys or more is cut by itself and read in place. Shorter ones are joined, in order, until a chunk
-//! is full; the kernel gathers their rows.
+//! A long span is cut by itself and read in place. Short ones are joined, in order, until a chunk is full; the kernel
+//! gathers their rows. What is short is a matter of what a tile costs beside its pairs, and what a copy.
 
 use std::ops::Range;
 
-/// Spans below this many keys are gathered: a tile of their own would leave the kernel's inner loops too short.
-const SHORT: usize = 32;
+/// Spans below this many keys are gathered where nothing else is said: a tile of their own would leave the kernel's inner
+/// loops too short.
+pub(super) const SHORT: usize = 32;
 
-/// Calls `visit` with the key ranges of each chunk of at most `block_kv` keys, in ascending order.
+/// Calls `visit` with the key ranges of each chunk of at most `block_kv` keys, in ascending order. Spans of fewer than
+/// `short` keys are joined.
 pub(super) fn for_each_chunk(
     spans: &[Range<usize>],
     block_kv: usize,
+    short: usize,
     mut visit: impl FnMut(&[Range<usize>]),
 ) {
     let mut gathered: Vec<Range<usize>> = Vec::new();
     let mut n_gathered = 0;
     let mut spans = spans.iter().peekable();
     while let Some(span) = spans.next() {
-        let alone = gathered.is_empty() && spans.peek().is_none_or(|next| next.len() >= SHORT);
-        if span.len() < SHORT && !alone {
+        let alone = gathered.is_empty() && spans.peek().is_none_or(|next| next.len() >= short);
+        if span.len() < short && !alone {
             let mut rest = span.clone();
             while n_gathered + rest.len() >= block_kv {
                 let cut = rest.start + block_kv - n_gathered;
@@ -46,6 +49,35 @@ pub(super) fn for_each_chunk(
     }
     if !gathered.is_empty() {
         visit(&gathered);
+    }
+}
+
+/// All chunks of some spans, to look ahead in.
+pub(super) struct Chunks {
+    ranges: Vec<Range<usize>>,
+    /// Where each chunk's ranges start.
+    first: Vec<usize>,
+}
+
+impl Chunks {
+    /// See [`for_each_chunk`].
+    pub(super) fn new(spans: &[Range<usize>], block_kv: usize, short: usize) -> Self {
+        let (mut ranges, mut first) = (Vec::new(), vec![0]);
+        for_each_chunk(spans, block_kv, short, |chunk| {
+            ranges.extend_from_slice(chunk);
+            first.push(ranges.len());
+        });
+        Self { ranges, first }
+    }
+
+    /// Chunk `at`, if there is one.
+    pub(super) fn get(&self, at: usize) -> Option<&[Range<usize>]> {
+        self.first.get(at..at + 2).map(|ends| &self.ranges[ends[0]..ends[1]])
+    }
+
+    /// The chunks in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &[Range<usize>]> {
+        self.first.windows(2).map(|ends| &self.ranges[ends[0]..ends[1]])
     }
 }
 
@@ -80,7 +112,7 @@ mod tests {
 
     fn chunks(spans: &[Range<usize>], block_kv: usize) -> Vec<Vec<Range<usize>>> {
         let mut all = Vec::new();
-        for_each_chunk(spans, block_kv, |chunk| all.push(chunk.to_vec()));
+        for_each_chunk(spans, block_kv, SHORT, |chunk| all.push(chunk.to_vec()));
         all
     }
 

@@ -9,10 +9,12 @@
 //! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged.
 //! Results do not depend on the number of threads: a task's arithmetic is fixed by its position alone.
 
+mod ahead;
 mod any;
 mod backward;
 mod block;
 mod chunks;
+mod company;
 mod few;
 mod finish;
 mod half_products;
@@ -22,6 +24,7 @@ mod panel;
 mod problem;
 mod rows;
 mod tasks;
+mod tile;
 
 use crate::tiles::TileSizes;
 pub use any::{AnySpec, attend_any, attend_backward_any, attend_backward_from_delta_any};
@@ -167,10 +170,7 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     }
     spec.check(&shape)?;
     spec.check_made_for(&problem)?;
-    let mut tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
-    if !few::serves(spec) {
-        tiles = tiles.side_by_side();
-    }
+    let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
     let isa = Isa::current();
     let dot = native_bf16::choose(&problem, spec, isa)?;
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {

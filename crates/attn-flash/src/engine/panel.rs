@@ -46,6 +46,8 @@ pub(super) struct Panel {
     pub(super) n_lanes: usize,
     /// Keys these queries can see.
     pub(super) spans: Vec<Range<usize>>,
+    /// Whether each query sees all of them.
+    pub(super) sees_spans: bool,
 }
 
 impl Panel {
@@ -57,6 +59,7 @@ impl Panel {
             segments: Vec::new(),
             n_lanes: 0,
             spans: Vec::new(),
+            sees_spans: false,
         }
     }
 
@@ -76,11 +79,7 @@ impl Panel {
         self.segments = segments(task, lanes.clone());
         self.n_lanes = lanes.len();
         let n_kv = problem.kv_range(task.sequence).len();
-        let spans = |s: &Segment| spec.mask.spans(s.head, s.rows.clone(), n_kv);
-        self.spans = match self.segments.as_slice() {
-            [one] => spans(one),
-            many => union(many.iter().flat_map(spans).collect()),
-        };
+        (self.spans, self.sees_spans) = visible(spec.mask, &self.segments, n_kv);
 
         let q = |s: &Segment| problem.q_rows(task.sequence, s.head.head).slice(s.rows.clone());
         let width = problem.shape().head_dim;
@@ -123,18 +122,35 @@ fn normalise(rows: &mut [f32], n_rows: usize, width: usize, norm: &QkNorm<'_>) {
     }
 }
 
-/// Keys that the queries of a task can see, cut to its share.
+/// Keys that the queries of a task can see, cut to its share, and whether each query is known to see all of them.
 pub(super) fn spans_of<M: Mask + ?Sized, C: ?Sized>(
     problem: &Problem<'_>,
     spec: &Spec<'_, M, C>,
     task: &Task<'_>,
     segments: &[Segment],
-) -> Vec<Range<usize>> {
+) -> (Vec<Range<usize>>, bool) {
     let n_kv = problem.kv_range(task.sequence).len();
-    let spans = union(segments.iter().flat_map(|s| spec.mask.spans(s.head, s.rows.clone(), n_kv)).collect());
+    let (spans, all_seen) = visible(spec.mask, segments, n_kv);
     match &task.share {
-        Some(share) => share_of(&spans, share.clone()),
-        None => spans,
+        Some(share) => (share_of(&spans, share.clone()), all_seen),
+        None => (spans, all_seen),
+    }
+}
+
+/// Keys that some of the queries can see, and whether each query is known to see all of them.
+fn visible<M: Mask + ?Sized>(mask: &M, segments: &[Segment], n_kv: usize) -> (Vec<Range<usize>>, bool) {
+    let spans = |s: &Segment| mask.spans(s.head, s.rows.clone(), n_kv);
+    match segments {
+        [] => (Vec::new(), false),
+        [first, others @ ..] => {
+            let heads = first.head.head..segments[others.len()].head.head + 1;
+            let alike = others.is_empty()
+                || others.iter().all(|s| s.rows == first.rows) && mask.is_shared_by(first.head.batch, heads);
+            match alike {
+                true => (spans(first), mask.sees_spans(first.head, first.rows.clone())),
+                false => (union(segments.iter().flat_map(spans).collect()), false),
+            }
+        }
     }
 }
 

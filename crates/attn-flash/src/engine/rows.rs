@@ -2,7 +2,7 @@
 
 use super::problem::KvView;
 use attn_core::simd::{Isa, Simd, SimdOp};
-use attn_core::tile::read_rows;
+use attn_core::tile::{prefetch, read_rows};
 use attn_core::view::Rows;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -51,16 +51,68 @@ impl SimdOp for Copy<'_, '_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        match self.rows {
-            HeadRows::F32(rows) => read_rows(simd, rows, self.out),
-            HeadRows::Bf16(rows) => read_rows(simd, rows, self.out),
-            HeadRows::F16(rows) => read_rows(simd, rows, self.out),
-            HeadRows::Int8 { rows, scales, block, first } => {
-                read_rows(simd, rows, self.out);
-                for (i, out) in self.out.chunks_exact_mut(rows.width().max(1)).take(rows.len()).enumerate() {
-                    let scale = scales.row((first + i) / block)[0];
-                    out.iter_mut().for_each(|x| *x *= scale);
+        read(simd, self.rows, self.out);
+    }
+}
+
+/// Row-major f32 copies in `out [len, width]`.
+#[inline(always)]
+fn read<S: Simd>(simd: S, rows: HeadRows<'_>, out: &mut [f32]) {
+    match rows {
+        HeadRows::F32(rows) => {
+            let (len, width) = (rows.len(), rows.width());
+            if rows.stride() == width {
+                out[..len * width].copy_from_slice(&rows.data()[..len * width]);
+            } else {
+                (0..len).for_each(|i| out[i * width..][..width].copy_from_slice(rows.row(i)));
+            }
+        }
+        HeadRows::Bf16(rows) => read_rows(simd, rows, out),
+        HeadRows::F16(rows) => read_rows(simd, rows, out),
+        HeadRows::Int8 { rows, scales, block, first } => {
+            read_rows(simd, rows, out);
+            for (i, out) in out.chunks_exact_mut(rows.width().max(1)).take(rows.len()).enumerate() {
+                let scale = scales.row((first + i) / block)[0];
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
+    }
+}
+
+/// Keys that lie apart, brought side by side, `stride` numbers from one to the next.
+struct Gather<'a, 'o> {
+    rows: &'o KeyRows<'a>,
+    ranges: &'o [Range<usize>],
+    out: &'o mut [f32],
+    stride: usize,
+}
+
+/// Ranges between the one that is copied and the one that is asked for.
+const AHEAD: usize = 8;
+
+impl SimdOp for Gather<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { rows, ranges, out, stride } = self;
+        let (width, mut at) = (rows.width(), 0);
+        for (r, range) in ranges.iter().enumerate() {
+            if let (KeyRows::Strided(HeadRows::F32(rows)), Some(next)) = (rows, ranges.get(r + AHEAD)) {
+                prefetch(rows.row(next.start));
+            }
+            let mut keys = range.clone();
+            while !keys.is_empty() {
+                let piece = rows.piece(keys.clone());
+                if stride == width {
+                    read(simd, piece, &mut out[at * width..]);
+                } else {
+                    for i in 0..piece.len() {
+                        read(simd, piece.slice(i..i + 1), &mut out[(at + i) * stride..][..width]);
+                    }
                 }
+                at += piece.len();
+                keys.start += piece.len();
             }
         }
     }
@@ -170,16 +222,18 @@ impl<'a> KeyRows<'a> {
     /// Copies the keys of all `ranges`, one after another, to `out [keys, width]`; gives their number.
     #[inline]
     pub(crate) fn copy_to(&self, ranges: &[Range<usize>], out: &mut [f32]) -> usize {
-        let (width, mut at) = (self.width(), 0);
-        for range in ranges {
-            let mut keys = range.clone();
-            while !keys.is_empty() {
-                let piece = self.piece(keys.clone());
-                piece.copy_to(&mut out[at * width..]);
-                at += piece.len();
-                keys.start += piece.len();
-            }
-        }
-        at
+        self.spread_to(ranges, out, self.width());
+        ranges.iter().map(Range::len).sum()
+    }
+
+    /// [`KeyRows::copy_to`] with `stride` numbers, at least the width, from one row to the next; those between are left alone.
+    #[inline]
+    pub(crate) fn spread_to(&self, ranges: &[Range<usize>], out: &mut [f32], stride: usize) {
+        Isa::current().run(Gather { rows: self, ranges, out, stride });
+    }
+
+    /// Whether keys are read where they are.
+    pub(crate) fn is_in_place(&self) -> bool {
+        matches!(self, Self::Strided(HeadRows::F32(_)))
     }
 }

@@ -130,14 +130,14 @@ pub(super) fn for_each<M: Mask + ?Sized, C: ?Sized>(
         let piece = |h: usize| outputs[cut.first_piece + h * cut.piece_stride].take();
         (0..cut.heads.len()).filter_map(piece).collect()
     };
-    let n_shares = |visible: usize| {
-        if cuts.len() >= FEW_TASKS { 1 } else { SPLIT_TASKS.div_ceil(cuts.len()).min(visible / SHARE).max(1) }
-    };
     let shares: Vec<Vec<Option<Range<usize>>>> = cuts
         .iter()
         .map(|cut| {
+            if cuts.len() >= FEW_TASKS {
+                return vec![None];
+            }
             let visible = visible_keys(problem, spec.mask, cut);
-            match n_shares(visible) {
+            match SPLIT_TASKS.div_ceil(cuts.len()).min(visible / SHARE).max(1) {
                 1 => vec![None],
                 n => (0..n).map(|x| Some(x * visible / n..(x + 1) * visible / n)).collect(),
             }

@@ -1,5 +1,6 @@
 //! Everything about this crate that a user of it can see. One binary: the kernels are compiled once for all tests.
 
+mod apart;
 mod backward;
 mod bad_input;
 mod cache;

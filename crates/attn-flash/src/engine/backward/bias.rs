@@ -8,7 +8,7 @@ use super::Pass;
 use super::queries::{Queries, QueryScratch, normalise};
 use super::tile::{Keys, TileScratch};
 use super::weights::LANES;
-use crate::engine::chunks::for_each_chunk;
+use crate::engine::chunks::{SHORT, for_each_chunk};
 use crate::engine::rows::Wide;
 use attn_core::mask::{Head, Mask};
 use attn_core::parallel::for_each_task;
@@ -158,7 +158,7 @@ where
         let queries = Queries::load(simd, pass, head, block.rows.clone(), [block.lse, block.delta], queries);
         let n_kv = problem.kv_range(head.batch).len();
         let spans = pass.spec.mask.spans(head, block.rows.clone(), n_kv);
-        for_each_chunk(&spans, pass.tiles.block_kv, |ranges| {
+        for_each_chunk(&spans, pass.tiles.block_kv, SHORT, |ranges| {
             let k = match &pass.spec.qk_norm {
                 None => k_rows.wide(ranges, k),
                 Some(norm) => {

@@ -70,11 +70,12 @@ struct Pieces {
 }
 
 impl Pieces {
-    fn new(sequences: impl Iterator<Item = Range<usize>>) -> Self {
+    fn new(sequences: impl Iterator<Item = Range<usize>>, tiles: Tiles) -> Self {
         let (mut ranges, mut owners) = (Vec::new(), Vec::new());
         for (s, rows) in sequences.enumerate() {
-            for first in rows.clone().step_by(Tiles::block(rows.len())) {
-                let end = (first + Tiles::block(rows.len())).min(rows.end);
+            let size = tiles.block(rows.len());
+            for first in rows.clone().step_by(size) {
+                let end = (first + size).min(rows.end);
                 ranges.push(first..end);
                 owners.push((s, first - rows.start..end - rows.start));
             }
@@ -112,8 +113,8 @@ impl<'a, M: Mask + ?Sized, C: ?Sized> Pass<'a, M, C> {
         let (problem, shape) = (self.problem, self.problem.shape());
         let packed = problem.is_packed();
         let of_entry = if packed { problem.n_sequences() } else { shape.batch.min(1) };
-        let q_pieces = Pieces::new((0..of_entry).map(|s| problem.q_range(s)));
-        let kv_pieces = Pieces::new((0..of_entry).map(|s| problem.kv_range(s)));
+        let q_pieces = Pieces::new((0..of_entry).map(|s| problem.q_range(s)), self.tiles);
+        let kv_pieces = Pieces::new((0..of_entry).map(|s| problem.kv_range(s)), self.tiles);
 
         let keys = self.key_blocks(&kv_pieces, whole.k, whole.v, whole.key_sums);
         let rows = self.row_blocks(&q_pieces, whole.q, [whole.lse, whole.delta]);
@@ -216,7 +217,7 @@ impl<'a, M: Mask + ?Sized, C: ?Sized> Pass<'a, M, C> {
 
 impl<'a> Problem<'a> {
     /// Whether sequences lie one after another in a batch of 1.
-    fn is_packed(&self) -> bool {
+    pub(super) fn is_packed(&self) -> bool {
         let shape = self.shape();
         self.n_sequences() != shape.batch || shape.batch > 0 && self.q_range(0).len() != shape.n_q
     }

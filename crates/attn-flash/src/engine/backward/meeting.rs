@@ -9,7 +9,7 @@ use super::blocks::{KeyBlock, RowBlock};
 use super::queries::{Queries, QueryScratch, normalise};
 use super::tile::{Grads, Keys, TileScratch};
 use super::weights::LANES;
-use crate::engine::chunks::for_each_chunk;
+use crate::engine::chunks::{SHORT, for_each_chunk};
 use crate::engine::rows::Wide;
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
@@ -113,7 +113,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for Meeting<'_, '_, M, C> {
                 let queries = Queries::load(simd, pass, rows.head, block.clone(), state, queries);
                 let grad_q = &mut grad_q[..block.len() * d];
                 grad_q.fill(0.0);
-                for_each_chunk(&spans, pass.tiles.block_kv, |ranges| {
+                for_each_chunk(&spans, pass.tiles.block_kv, SHORT, |ranges| {
                     let bias = keys.bias;
                     if let [range] = ranges {
                         let (at, n) = (range.start - span.start, range.len());

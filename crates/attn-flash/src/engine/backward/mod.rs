@@ -20,17 +20,21 @@
 //!
 //! Sources: Dao et al. 2022 (FlashAttention), appendix B; Dao 2023 (FlashAttention-2).
 
+mod apart;
 mod bias;
 mod blocks;
 mod delta;
 mod meeting;
 mod queries;
+mod scatter;
 mod schedule;
+mod sizes;
 mod sums;
 mod tile;
 mod weights;
 
 use super::Spec;
+use super::few;
 use super::problem::{KvView, Problem};
 use super::rows::HeadRows;
 use attn_core::mask::{Head, Mask};
@@ -40,6 +44,7 @@ use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, TensorView, check_lse};
 use blocks::{Cut, KeyBlock, RowBlock, Whole};
 use meeting::{Meeting, Workspace};
+use sizes::Tiles;
 use std::sync::{Mutex, PoisonError};
 use sums::Sums;
 
@@ -220,31 +225,6 @@ fn check<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     Ok(())
 }
 
-/// Block sizes.
-#[derive(Debug, Clone, Copy)]
-struct Tiles {
-    /// Keys of a tile.
-    block_kv: usize,
-    /// Keys whose rows and gradients stay in the second-level cache while queries pass by.
-    span: usize,
-}
-
-impl Tiles {
-    /// Measured choice.
-    fn auto(shape: &AttnShape) -> Self {
-        // Rows of k and v and their gradients take 512 KiB.
-        let span = (1 << 16) / (shape.head_dim + shape.head_dim_v);
-        Self { block_kv: 64, span: (span / 64 * 64).clamp(64, 512) }
-    }
-
-    /// Rows of a block of a sequence of `n`: few enough blocks that their meetings are a short list, enough of them to keep
-    /// threads busy.
-    fn block(n: usize) -> usize {
-        let least = if n <= 2048 { 256 } else { 512 };
-        n.div_ceil(32).next_multiple_of(least).max(least)
-    }
-}
-
 /// A backward pass on its way.
 struct Pass<'a, M: ?Sized, C: ?Sized> {
     problem: &'a Problem<'a>,
@@ -288,7 +268,7 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
         problem,
         spec,
         grad_out: rows.grad_out.into(),
-        tiles: Tiles::auto(&shape),
+        tiles: Tiles::auto(problem, spec.mask),
         sum_keys: key_bias.is_some(),
     };
     if let (Some(sinks), Some(grad)) = (spec.sinks, sinks) {
@@ -301,6 +281,10 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
 
     let n_sums = if pass.sum_keys { shape.batch * shape.n_heads_kv * shape.n_kv } else { 0 };
     let mut key_sums = vec![0.0; n_sums];
+    if spec.tiles.is_some_and(|tiles| tiles.are_rows_apart()) && few::serves(spec) {
+        pass.run_apart(rows, [q, k, v], &mut key_sums);
+        return sum_key_bias(&shape, key_bias, &key_sums);
+    }
     let whole = Whole { q, k, v, lse: rows.lse, delta: rows.delta, key_sums: &mut key_sums };
     let Cut { mut keys, mut rows, schedule } = pass.cut(whole);
     // Blocks that meet nobody have no gradient.
@@ -332,12 +316,16 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     let rows = rows.into_iter().map(|block| block.into_inner().unwrap_or_else(PoisonError::into_inner));
     sum_parts(gamma_k, keys.map(|block| block.grad_gamma));
     sum_parts(gamma_q, rows.map(|block| block.grad_gamma));
-    if let Some(key_bias) = key_bias {
-        if key_bias.len() == n_sums {
-            key_bias.copy_from_slice(&key_sums);
-        } else {
-            sum_parts(Some(key_bias), key_sums.chunks(shape.n_kv.max(1)).map(<[f32]>::to_vec));
-        }
+    sum_key_bias(&shape, key_bias, &key_sums);
+}
+
+/// Writes the gradient of the key bias from the sums of all heads.
+fn sum_key_bias(shape: &AttnShape, key_bias: Option<&mut [f32]>, key_sums: &[f32]) {
+    let Some(key_bias) = key_bias else { return };
+    if key_bias.len() == key_sums.len() {
+        key_bias.copy_from_slice(key_sums);
+    } else {
+        sum_parts(Some(key_bias), key_sums.chunks(shape.n_kv.max(1)).map(<[f32]>::to_vec));
     }
 }
 

@@ -277,12 +277,12 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
                     continue;
                 }
                 hidden = true;
-                for (j, row) in step.zip(at + first - range.start..) {
-                    let scores = &mut scores[row * LANES..][..rows.len()];
-                    match cover {
-                        Cover::Empty => scores.fill(f32::NEG_INFINITY),
-                        _ => mask.hide(head, rows.clone(), j, scores),
-                    }
+                let scores = &mut scores[(at + first - range.start) * LANES..];
+                if cover == Cover::Empty {
+                    let keys = (0..step.len()).map(|key| key * LANES..key * LANES + rows.len());
+                    keys.for_each(|row| scores[row].fill(f32::NEG_INFINITY));
+                } else {
+                    mask.hide_tile(head, rows.clone(), step, scores, LANES);
                 }
             }
         }

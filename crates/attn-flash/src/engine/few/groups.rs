@@ -6,7 +6,7 @@ use attn_core::simd::{Simd, SimdBase};
 /// channel and begins with some that the group before has too: queries hold zeros there, and what the accumulators get
 /// there is not used. A head that is narrower than a group is filled up with zeros.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Groups {
+pub(in crate::engine) struct Groups {
     width: usize,
     /// Channels of a group.
     pub(super) step: usize,
@@ -15,7 +15,7 @@ pub(super) struct Groups {
 
 impl Groups {
     #[inline(always)]
-    pub(super) fn of<S: Simd>(width: usize) -> Self {
+    pub(in crate::engine) fn of<S: Simd>(width: usize) -> Self {
         let step = 4 * S::f32s::LEN;
         Self { width, step, len: width.div_ceil(step) }
     }
@@ -29,11 +29,11 @@ impl Groups {
     }
 
     /// Numbers that all groups hold together.
-    pub(super) fn numbers(self) -> usize {
+    pub(in crate::engine) fn numbers(self) -> usize {
         self.len * self.step
     }
 
-    pub(super) fn is_narrow(self) -> bool {
+    pub(in crate::engine) fn is_narrow(self) -> bool {
         self.width < self.step
     }
 
@@ -54,14 +54,14 @@ impl Groups {
     }
 
     /// Brings `[width]` numbers to their places, with zeros in all other ones.
-    pub(super) fn spread(self, numbers: &mut [f32]) {
+    pub(in crate::engine) fn spread(self, numbers: &mut [f32]) {
         let last = self.numbers().saturating_sub(self.step);
         numbers.copy_within(last..self.width, last + self.overlap());
         numbers[last..last + self.overlap()].fill(0.0);
     }
 
     /// Brings the numbers back together.
-    pub(super) fn compact(self, numbers: &mut [f32]) -> &[f32] {
+    pub(in crate::engine) fn compact(self, numbers: &mut [f32]) -> &[f32] {
         let last = self.numbers().saturating_sub(self.step);
         numbers.copy_within(last + self.overlap()..last + self.overlap() + self.width - last, last);
         &numbers[..self.width]

@@ -12,13 +12,13 @@ use attn_core::view::Rows;
 use std::ops::Range;
 
 /// Work for `L` queries at a time, whatever the rows' storage type.
-pub(super) trait LaneOp {
+pub(in crate::engine) trait LaneOp {
     fn run<S: Simd, const L: usize>(self, simd: S);
 }
 
 /// Three queries run as four: buffers hold [`FEW`] of them.
 #[inline(always)]
-pub(super) fn with_lanes<S: Simd>(n_lanes: usize, simd: S, op: impl LaneOp) {
+pub(in crate::engine) fn with_lanes<S: Simd>(n_lanes: usize, simd: S, op: impl LaneOp) {
     match n_lanes {
         1 => op.run::<S, 1>(simd),
         2 => op.run::<S, 2>(simd),
@@ -128,10 +128,10 @@ fn with_stored<S: Simd>(simd: S, rows: HeadRows<'_>, op: impl RowsOp) {
 }
 
 /// `scores[l * BLOCK + j] = q_l . row_j`.
-pub(super) struct Scores<'a, 's> {
-    pub(super) rows: HeadRows<'a>,
-    pub(super) q: &'s [f32],
-    pub(super) scores: &'s mut [f32],
+pub(in crate::engine) struct Scores<'a, 's> {
+    pub(in crate::engine) rows: HeadRows<'a>,
+    pub(in crate::engine) q: &'s [f32],
+    pub(in crate::engine) scores: &'s mut [f32],
 }
 
 impl LaneOp for Scores<'_, '_> {
@@ -163,10 +163,10 @@ impl<const L: usize> RowsOp for ScoresOf<'_, L> {
 }
 
 /// `acc_l += sum_j weights[l * BLOCK + j] row_j`; an int8 row's scale goes into its weight.
-pub(super) struct Values<'a, 's> {
-    pub(super) rows: HeadRows<'a>,
-    pub(super) weights: &'s mut [f32],
-    pub(super) acc: &'s mut [f32],
+pub(in crate::engine) struct Values<'a, 's> {
+    pub(in crate::engine) rows: HeadRows<'a>,
+    pub(in crate::engine) weights: &'s mut [f32],
+    pub(in crate::engine) acc: &'s mut [f32],
 }
 
 impl LaneOp for Values<'_, '_> {

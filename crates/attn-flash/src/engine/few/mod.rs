@@ -9,16 +9,20 @@
 //! acc_l += w_lj v_j                   channels in the lanes
 //! ```
 //!
+//! Keys that lie apart are brought side by side first, a block at a time: the rows of a list of tokens are asked for in one
+//! pass, some ahead of the one that is copied.
+//!
 //! The work is bound by reading. A few rows of keys and then the same rows of values are read, each from its first to
 //! its last channel: two streams that the hardware's prefetchers follow. Asking for rows ahead of time disturbs them (14
 //! instead of 29 GB/s on a Zen 4 core).
 
-mod groups;
-mod kernels;
+mod gathered;
+pub(super) mod groups;
+pub(super) mod kernels;
 mod weights;
 
 use super::Spec;
-use super::chunks::for_each_chunk;
+use super::chunks::{SHORT, for_each_chunk};
 use super::finish::emit;
 use super::panel::{Segment, segments, spans_of};
 use super::problem::Problem;
@@ -30,6 +34,7 @@ use attn_core::score::ScoreMod;
 use attn_core::simd::Simd;
 use attn_core::tile::all_finite;
 use attn_core::view::Rows;
+use gathered::Gathered;
 use groups::Groups;
 use kernels::{Plain, Scores, Values, with_lanes};
 use std::ops::Range;
@@ -38,10 +43,10 @@ use weights::{Running, weigh};
 /// Most queries of a task that runs here; more are faster side by side in the lanes.
 pub(super) const FEW: usize = 4;
 /// Keys whose visibility is asked for together.
-const BLOCK: usize = 128;
+pub(super) const BLOCK: usize = 128;
 /// On cache lines of their own: a vector that lies on two takes twice as long to load, and queries are loaded for every
 /// key.
-type Lines = AVec<f32, ConstAlign<64>>;
+pub(super) type Lines = AVec<f32, ConstAlign<64>>;
 
 /// A thread's scratch.
 pub(super) struct FewScratch {
@@ -54,37 +59,20 @@ pub(super) struct FewScratch {
     /// `[width]`.
     row: Vec<f32>,
     narrow: Narrow,
+    gathered: Gathered,
 }
 
 impl Default for FewScratch {
     fn default() -> Self {
         let [q, acc, scores] = std::array::from_fn(|_| Lines::new(64));
-        Self { q, acc, scores, row: Vec::new(), narrow: Narrow::default() }
+        let (narrow, gathered) = (Narrow::default(), Gathered::default());
+        Self { q, acc, scores, row: Vec::new(), narrow, gathered }
     }
 }
 
 /// Whether tasks of `spec` can run here.
 pub(super) fn serves<M: ?Sized, C: ?Sized>(spec: &Spec<'_, M, C>) -> bool {
     spec.dropout.is_none() && spec.qk_norm.is_none()
-}
-
-/// Runs a task row by row, at most [`FEW`] heads at a time.
-#[inline(always)]
-pub(super) fn attend_rows_apart<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
-    simd: S,
-    problem: &Problem<'_>,
-    spec: &Spec<'_, M, C>,
-    scratch: &mut FewScratch,
-    mut task: Task<'_>,
-) {
-    let (heads, rows) = task.whole.clone();
-    for row in rows {
-        task.rows = row..row + 1;
-        for first in heads.clone().step_by(FEW) {
-            task.heads = first..(first + FEW).min(heads.end);
-            attend(simd, problem, spec, scratch, &mut task);
-        }
-    }
 }
 
 /// Runs a task of at most [`FEW`] queries.
@@ -103,13 +91,13 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     let (groups, groups_v) = (Groups::of::<S>(shape.head_dim), Groups::of::<S>(shape.head_dim_v));
     let is_narrow = groups.is_narrow() || groups_v.is_narrow();
 
-    let FewScratch { q, acc, scores, row, narrow } = scratch;
+    let FewScratch { q, acc, scores, row, narrow, gathered } = scratch;
     q.clear();
     q.resize(FEW * groups.numbers(), 0.0);
     acc.clear();
     acc.resize(FEW * groups_v.numbers(), 0.0);
     scores.resize(FEW * BLOCK, 0.0);
-    row.resize(shape.head_dim_v, 0.0);
+    row.resize(groups_v.numbers(), 0.0);
     for segment in &segments {
         let rows = problem.q_rows(task.sequence, segment.head.head);
         for (lane, i) in segment.lanes() {
@@ -121,14 +109,22 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     }
 
     let mut running = [Running { max: f32::NEG_INFINITY, sum: 0.0 }; FEW];
-    let spans = spans_of(problem, spec, task, &segments);
+    let (spans, all_seen) = spans_of(problem, spec, task, &segments);
     let key_bias = spec.key_bias_of(problem, task);
-    let edges = Edges { spec, segments: &segments, key_bias };
-    for_each_chunk(&spans, BLOCK, |ranges| {
+    let edges = Edges { spec, segments: &segments, key_bias, all_seen };
+    for_each_chunk(&spans, BLOCK, SHORT, |ranges| {
+        let is_plain = edges.is_plain(ranges);
+        let apart = (ranges.len() > 1).then(|| gathered.rows((&k_rows, &v_rows), ranges, [groups, groups_v]));
+        if let Some((k, v)) = apart
+            && is_plain
+        {
+            let (running, scores) = (&mut running, &mut *scores);
+            return with_lanes(n_lanes, simd, Plain { k, v, q, running, scores, acc });
+        }
         if let [range] = ranges
+            && is_plain
             && !is_narrow
             && problem.has_one_kv_type()
-            && edges.is_plain(range)
         {
             each_piece(&k_rows, ranges, |at, k| {
                 let keys = range.start + at..range.start + at + k.len();
@@ -141,7 +137,7 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
             return;
         }
         let n_keys = ranges.iter().map(Range::len).sum::<usize>();
-        each_piece(&k_rows, ranges, |at, rows| {
+        each_piece_or(&k_rows, ranges, apart.map(|(k, _)| k), |at, rows| {
             let rows = narrow.widened(rows, groups);
             with_lanes(n_lanes, simd, Scores { rows, q, scores: &mut scores[at..] });
         });
@@ -154,7 +150,7 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
                 || weigh(simd, scores, running, acc),
             );
         }
-        each_piece(&v_rows, ranges, |at, rows| {
+        each_piece_or(&v_rows, ranges, apart.map(|(_, v)| v), |at, rows| {
             let mut add = |keys: Range<usize>, weights: &mut [f32], acc: &mut [f32]| {
                 let rows = narrow.widened(rows.slice(keys.clone()), groups_v);
                 let weights = &mut weights[at + keys.start..];
@@ -186,6 +182,20 @@ pub(super) fn attend<S: Simd, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
             let (place, number) = task.place(segment.head.head, i);
             emit(&mut task.out, place, number, acc, state, sink);
         }
+    }
+}
+
+/// [`each_piece`], or all keys at once where they have been gathered.
+#[inline(always)]
+fn each_piece_or<'a>(
+    rows: &KeyRows<'a>,
+    ranges: &[Range<usize>],
+    gathered: Option<HeadRows<'a>>,
+    mut visit: impl FnMut(usize, HeadRows<'a>),
+) {
+    match gathered {
+        Some(rows) => visit(0, rows),
+        None => each_piece(rows, ranges, visit),
     }
 }
 
@@ -239,6 +249,7 @@ enum Run<'a> {
 /// Cuts rows where one is not finite. `row` is scratch.
 fn each_finite_run(rows: HeadRows<'_>, row: &mut [f32], mut visit: impl FnMut(Run<'_>)) {
     let mut start = 0;
+    let row = &mut row[..rows.width()];
     for key in 0..rows.len() {
         rows.slice(key..key + 1).copy_to(row);
         if !all_finite(row) {
@@ -255,14 +266,22 @@ struct Edges<'a, M: ?Sized, C: ?Sized> {
     spec: &'a Spec<'a, M, C>,
     segments: &'a [Segment],
     key_bias: Option<&'a [f32]>,
+    /// Whether each query is known to see all keys of the spans.
+    all_seen: bool,
 }
 
 impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Edges<'_, M, C> {
     /// Whether every query sees all these keys and nothing but the product makes a score.
-    fn is_plain(&self, keys: &Range<usize>) -> bool {
-        let sees_all =
-            |s: &Segment| self.spec.mask.cover(s.head, s.rows.clone(), keys.clone()) == Cover::Full;
-        self.spec.score_mod.is_identity() && self.key_bias.is_none() && self.segments.iter().all(sees_all)
+    fn is_plain(&self, ranges: &[Range<usize>]) -> bool {
+        let seen = |s: &Segment| ranges.iter().all(|keys| self.cover(s, keys) == Cover::Full);
+        self.spec.score_mod.is_identity() && self.key_bias.is_none() && self.segments.iter().all(seen)
+    }
+
+    fn cover(&self, segment: &Segment, keys: &Range<usize>) -> Cover {
+        match self.all_seen {
+            true => Cover::Full,
+            false => self.spec.mask.cover(segment.head, segment.rows.clone(), keys.clone()),
+        }
     }
 
     /// Score mod, key bias and mask; returns whether a query may have to be kept from a key's value.
@@ -273,7 +292,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Edges<'_, M, C> {
         let mut at = 0;
         for range in ranges {
             for segment in self.segments {
-                let cover = mask.cover(segment.head, segment.rows.clone(), range.clone());
+                let cover = self.cover(segment, range);
                 suspect |= cover != Cover::Full;
                 if cover == Cover::Full && score_mod.is_identity() && self.key_bias.is_none() {
                     continue;

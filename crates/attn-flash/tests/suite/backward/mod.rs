@@ -1,6 +1,6 @@
 //! The backward pass of the softmax engine.
 
-mod case;
+pub(crate) mod case;
 mod definition;
 mod edges;
 mod golden;
