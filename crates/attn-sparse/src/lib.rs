@@ -17,6 +17,7 @@
 //! | [`FixedLayout`], [`VariableLayout`], [`BigBirdLayout`], [`LongformerLayout`], [`LocalLayout`] | blocks, as options say |
 //! | [`FlexPrefill`] | columns and diagonals of blocks, or blocks by their means, by head |
 //! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
+//! | [`InfLlm`] | blocks by the probabilities of mean keys, first and last blocks |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
@@ -94,7 +95,7 @@ pub use residues::{Class, Residues};
 pub use routed::{
     BlockIndexer, BlockIndexerInputs, ChunkMeans, CompressedAttention, CompressedGrads, CompressedInputs,
     CompressedKv, CompressedOutputs, Decided, Dsa, DsaInputs, Entries, EntryIndexer, EntryPooling, IndexKeys,
-    Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
+    InfLlm, KeyMeans, Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{

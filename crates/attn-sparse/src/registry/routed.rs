@@ -4,7 +4,7 @@ use super::{at_least_1, only_causal};
 use crate::decider::Decision;
 use crate::routed::given_lists;
 use crate::{
-    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, Moba, Routed, Router, SparseAttention,
+    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, InfLlm, Moba, Routed, Router, SparseAttention,
 };
 use attn_core::registry::{
     Entry, NamedTensor, NamedTensors, OptionSpec, Options, gradients, output_like, run_qkv,
@@ -74,6 +74,36 @@ pub(super) fn entries() -> Vec<Entry> {
             constructor: |options| routed(options, block_indexer(options)?),
             runner: run_block_indexer,
         },
+        Entry {
+            name: InfLlm::NAME,
+            family: Family::Sparse,
+            summary: "Blocks chosen by the probabilities of mean keys (InfLLM-v2, MiniCPM Team 2025)",
+            options: &[
+                CAUSAL,
+                OptionSpec { name: "mean_len", default: "32", help: "keys of a mean" },
+                OptionSpec {
+                    name: "mean_stride",
+                    default: "16",
+                    help: "keys from one mean's start to the next one's",
+                },
+                OptionSpec { name: "block_len", default: "64", help: "keys of a block" },
+                OptionSpec { name: "top_k", default: "64", help: "blocks that a query sees" },
+                OptionSpec { name: "init_blocks", default: "1", help: "first blocks, seen by every query" },
+                OptionSpec {
+                    name: "local_blocks",
+                    default: "32",
+                    help: "blocks that every query sees: its own and those before it",
+                },
+                OptionSpec {
+                    name: "dense_len",
+                    default: "8192",
+                    help: "queries that see no more keys attend all of them",
+                },
+                OptionSpec::SCALE,
+            ],
+            constructor: |options| routed(options, infllm(options)?),
+            runner: run_qkv,
+        },
         super::nsa::entry(),
         super::compressed::heavy(),
         super::compressed::sparse(),
@@ -106,6 +136,19 @@ fn block_indexer(options: &Options) -> Result<BlockIndexer> {
         top_k: at_least_1(options, "top_k", 32)?,
         local_blocks: options.get_or("local_blocks", 1)?,
         index_dim: index_dim(options)?,
+    })
+}
+
+fn infllm(options: &Options) -> Result<InfLlm> {
+    Ok(InfLlm {
+        mean_len: at_least_1(options, "mean_len", 32)?,
+        mean_stride: at_least_1(options, "mean_stride", 16)?,
+        block_len: at_least_1(options, "block_len", 64)?,
+        top_k: at_least_1(options, "top_k", 64)?,
+        init_blocks: options.get_or("init_blocks", 1)?,
+        local_blocks: options.get_or("local_blocks", 32)?,
+        dense_len: options.get_or("dense_len", 8192)?,
+        softmax_scale: options.get("scale")?,
     })
 }
 

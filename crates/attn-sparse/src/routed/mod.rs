@@ -5,6 +5,7 @@
 //! | [`Moba`] | chunks, for each query head | the mean of a chunk's keys |
 //! | [`Dsa`] | tokens, for all heads | a lightning indexer |
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
+//! | [`InfLlm`] | blocks, for a key/value group | the largest probability of a mean key in a block |
 //!
 //! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
 //! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
@@ -17,6 +18,7 @@ mod ended;
 mod index_channels;
 mod index_inputs;
 mod indexer;
+mod infllm;
 mod key_panels;
 mod moba;
 mod nsa;
@@ -34,6 +36,7 @@ pub(crate) use decided::given_lists;
 pub use dsa::Dsa;
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
+pub use infllm::{InfLlm, KeyMeans};
 pub use moba::{ChunkMeans, Moba};
 pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
 pub use router::{Routed, Router};

@@ -251,7 +251,10 @@ pub(super) fn rows_apart<'a>(
     softmax_scale: f32,
     shape: &AttnShape,
 ) -> AnySpec<'a> {
-    let tiles = Some(TileSizes::auto(shape).rows_apart());
+    // Small blocks of rows: a few of them are split along the keys that any of their rows sees, which must not depend on what
+    // later rows choose. So there are many, or too few keys to split.
+    let sizes = TileSizes::new(32, 128).unwrap_or_else(|_| TileSizes::auto(shape));
+    let tiles = Some(sizes.rows_apart());
     AnySpec { tiles, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
 }
 

@@ -2,7 +2,7 @@
 
 use attn_core::mask::Head;
 use attn_core::{AttnShape, Qkv};
-use attn_sparse::{BlockIndexer, Decision, Dsa, Moba, Routed, Router};
+use attn_sparse::{BlockIndexer, Decision, Dsa, InfLlm, Moba, Routed, Router};
 use attn_testkit::inputs::Problem;
 
 /// Grouped heads, two batch entries, longer keys, ragged ends.
@@ -113,6 +113,61 @@ fn block_indexers_take_the_blocks_with_the_largest_token() {
             let local: Vec<usize> = (0..blocks).rev().take(local_blocks).collect();
             let scores: Vec<f64> = (0..blocks).map(score).collect();
             keys_of(&best(&scores, top_k.min(blocks), &local), block_len, p)
+        });
+    }
+}
+
+#[test]
+fn infllm_takes_the_blocks_with_the_most_probable_mean() {
+    for (mean_len, mean_stride, block_len, top_k, init_blocks, local_blocks, dense_len) in
+        [(8, 4, 8, 4, 1, 2, 0), (5, 5, 7, 3, 0, 1, 20), (4, 2, 6, 2, 3, 5, 0), (3, 4, 5, 6, 1, 0, 10)]
+    {
+        let router = InfLlm {
+            mean_len,
+            mean_stride,
+            block_len,
+            top_k,
+            init_blocks,
+            local_blocks,
+            dense_len,
+            softmax_scale: None,
+        };
+        check(router, |x, (batch, head), i, p| {
+            let s = x.shape();
+            let k = rows(x.k(), batch, s.kv_head(head));
+            let group = s.kv_head(head) * s.group_size()..(s.kv_head(head) + 1) * s.group_size();
+            let starts: Vec<usize> =
+                (0..=p).step_by(mean_stride).take_while(|start| start + mean_len <= p + 1).collect();
+            let mut shares = vec![0.0; starts.len()];
+            for h in group {
+                let q = &rows(x.q(), batch, h)[i];
+                let score = |start: &usize| {
+                    let sum: f64 = k[*start..start + mean_len].iter().map(|k| dot(q, k)).sum();
+                    (sum / mean_len as f64 / (s.head_dim as f64).sqrt()).exp()
+                };
+                let exp: Vec<f64> = starts.iter().map(score).collect();
+                let sum: f64 = exp.iter().sum();
+                shares.iter_mut().zip(exp).for_each(|(share, exp)| *share += exp / sum);
+            }
+            let blocks = p / block_len + 1;
+            if p < dense_len || blocks <= top_k {
+                return (0..=p).collect();
+            }
+            let mut importance = vec![0.0f64; blocks];
+            for (start, share) in starts.iter().zip(&shares) {
+                for j in *start..start + mean_len {
+                    importance[j / block_len] = importance[j / block_len].max(*share);
+                }
+            }
+            let order = [blocks - 1].into_iter().chain((0..blocks).take(init_blocks));
+            let order = order.chain((0..blocks).rev().take(local_blocks));
+            let mut forced: Vec<usize> = Vec::new();
+            order.for_each(|block| {
+                if !forced.contains(&block) {
+                    forced.push(block);
+                }
+            });
+            keys_of(&best(&importance, top_k, &forced), block_len, p)
         });
     }
 }

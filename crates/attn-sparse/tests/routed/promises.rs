@@ -13,7 +13,15 @@ pub(super) fn parse(text: &str) -> Options {
 }
 
 /// Configurations whose choices matter at the suite's lengths, and one in which everything is chosen.
-const CONFIGURATIONS: [(&str, &[&str], &str); 3] = [
+const CONFIGURATIONS: [(&str, &[&str], &str); 4] = [
+    (
+        "infllm-v2",
+        &[
+            "mean_len=8 mean_stride=4 block_len=8 top_k=4 local_blocks=2 dense_len=0",
+            "mean_len=5 mean_stride=5 block_len=7 top_k=2 init_blocks=0 local_blocks=0 dense_len=30",
+        ],
+        "dense_len=1000",
+    ),
     ("moba", &["chunk_len=16 top_k=3", "chunk_len=7 top_k=1"], "chunk_len=32 top_k=100"),
     ("dsa", &["top_k=24", "top_k=5 index_dim=2"], "top_k=1000"),
     (
@@ -79,7 +87,8 @@ fn long_inputs_are_attended_block_by_block() {
 /// A stream holds its cache and a summary that is small beside it, and says so.
 #[test]
 fn streams_say_what_they_hold() {
-    for (name, options, most) in [("moba", "chunk_len=64", 0.1), ("dsa", "", 0.2), ("block-indexer", "", 0.2)]
+    for (name, options, most) in
+        [("moba", "chunk_len=64", 0.1), ("infllm-v2", "", 0.1), ("dsa", "", 0.2), ("block-indexer", "", 0.2)]
     {
         let s = AttnShape::square(1, 4096, 32);
         let (problem, entries) = (Problem::normal(s, 1), attn_sparse::registry());

@@ -185,7 +185,12 @@ fn factor(segment_max: f32, max: f32, sum: f32) -> f32 {
 }
 
 /// `sum_h P_hc` of the first `n` compressed blocks.
-fn group_probabilities(segments: &[Segment], first: usize, heads: usize, n: usize) -> Vec<f32> {
+pub(in crate::routed) fn group_probabilities(
+    segments: &[Segment],
+    first: usize,
+    heads: usize,
+    n: usize,
+) -> Vec<f32> {
     let mut shares = vec![0.0; n];
     for row in first..first + heads {
         let (max, sum) = normaliser(segments, row);

@@ -42,6 +42,8 @@ pub use inputs::{CompressedKv, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutp
 
 use super::ended::n_ended;
 use attn_core::{AttnError, Result};
+pub(super) use importance::group_probabilities;
+pub(super) use segment::{Segment, Weigh};
 
 /// Sizes of the three branches; see the module.
 #[derive(Debug, Clone, Copy, PartialEq)]

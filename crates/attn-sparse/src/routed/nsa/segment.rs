@@ -11,29 +11,29 @@ const VALUES: usize = 2048;
 
 /// See the module; `rows` are those of one key/value head, its query heads side by side.
 #[derive(Debug, Default)]
-pub(super) struct Segment {
+pub(in crate::routed) struct Segment {
     /// `[rows, stride]`: scores in powers of two, then `2^(score - max)`.
-    pub(super) weights: Vec<f32>,
-    pub(super) stride: usize,
+    pub(in crate::routed) weights: Vec<f32>,
+    pub(in crate::routed) stride: usize,
     /// `[rows]`; -inf for a row that sees nothing here.
-    pub(super) max: Vec<f32>,
-    pub(super) sum: Vec<f32>,
+    pub(in crate::routed) max: Vec<f32>,
+    pub(in crate::routed) sum: Vec<f32>,
     /// `[rows, head_dim_v]`, if values are given.
-    pub(super) acc: Vec<f32>,
+    pub(in crate::routed) acc: Vec<f32>,
     wide: Vec<f32>,
 }
 
 /// Fills a segment.
-pub(super) struct Weigh<'a> {
+pub(in crate::routed) struct Weigh<'a> {
     /// `[rows, width]`, times the scale and `log2 e`.
-    pub(super) q: &'a [f32],
-    pub(super) keys: &'a KeyPanels<f32>,
-    pub(super) panels: Range<usize>,
+    pub(in crate::routed) q: &'a [f32],
+    pub(in crate::routed) keys: &'a KeyPanels<f32>,
+    pub(in crate::routed) panels: Range<usize>,
     /// Keys that each row sees, counted from the first panel's first.
-    pub(super) visible: &'a [usize],
-    pub(super) segment: &'a mut Segment,
+    pub(in crate::routed) visible: &'a [usize],
+    pub(in crate::routed) segment: &'a mut Segment,
     /// Values of the keys `[keys, head_dim_v]` from the first panel's first on, and their width.
-    pub(super) values: Option<(&'a [f32], usize)>,
+    pub(in crate::routed) values: Option<(&'a [f32], usize)>,
 }
 
 impl SimdOp for Weigh<'_> {
