@@ -105,7 +105,7 @@ fn measure(
 #[test]
 fn mass_and_recall_are_those_of_the_definition() {
     let (q, k) = weighted(&[1.0, 4.0, 2.0, 2.0, 1.0]);
-    let evens = Predicate(|p: attn_core::mask::Pair| p.j % 2 == 0);
+    let evens = Predicate(|p: attn_core::mask::Pair| p.j.is_multiple_of(2));
     let found = measure(&q, &k, &SeeAll, &evens, None);
     assert!((found.kept - 0.4).abs() < 1e-6, "{found:?}");
     // The top three are keys 1, 2 and 3; of these, key 2 was chosen.
