@@ -23,6 +23,9 @@
 //! | [`PerHead`] | by one pattern in some heads, by another in the others |
 //! | [`PrefixLm`] | keys up to itself, and the prefix |
 //! | [`Quest`] | the pages of keys whose bounds promise the largest scores |
+//! | [`Reformer`] | keys whose hash sorts them near it, in several rounds |
+//! | [`Routing`] | the keys nearest to the centroids that it is nearest to |
+//! | [`Sinkhorn`] | its own bucket of positions, and mixtures of others |
 //! | [`SinkWindow`] | the first `n_sinks` keys and the last `window`, itself included |
 //! | [`SlidingTile`], [`Radial`], [`VideoHeads`] | tokens of a video near it in space and time |
 //! | [`SlidingWindow`] | keys `p - left ..= p + right` |
@@ -52,6 +55,7 @@ mod residues;
 mod score_rule;
 mod scores;
 pub mod select;
+mod sorted;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{BlockMask, BlockSizes, Builder, FlexLists, PaddedLists, SharedMask};
@@ -75,6 +79,10 @@ pub use prefill::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
+pub use sorted::{
+    Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, Sinkhorn, SinkhornGrads, SinkhornInputs,
+    SinkhornKind,
+};
 
 /// Query heads over all batch entries.
 fn heads(shape: &attn_core::AttnShape) -> u64 {

@@ -6,6 +6,7 @@ mod layouts;
 mod masks;
 mod named;
 mod prefill;
+mod sorted;
 mod windows;
 
 use crate::{Decider, SparseAttention};
@@ -20,6 +21,7 @@ pub fn registry() -> Vec<Entry> {
         layouts::entries(),
         masks::entries(),
         prefill::entries(),
+        sorted::entries(),
         windows::entries(),
     ]
     .into_iter()
