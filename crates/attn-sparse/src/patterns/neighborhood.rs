@@ -107,9 +107,8 @@ impl AxisWindow {
     fn seen_by(&self, n: usize, y: usize, xs: &Range<usize>) -> Range<usize> {
         let (left, right) = (self.kernel_size / 2, (self.kernel_size - 1) / 2);
         let (first, end) = if self.stride > 1 {
-            let mut all = xs.clone();
-            let first = all.find(|x| self.window(n, *x).end > y).unwrap_or(xs.end);
-            (first, all.find(|x| self.window(n, *x).start > y).unwrap_or(xs.end))
+            let first = xs.clone().find(|x| self.window(n, *x).end > y).unwrap_or(xs.end);
+            (first, (first..xs.end).find(|x| self.window(n, *x).start > y).unwrap_or(xs.end))
         } else if self.causal {
             (y, y.saturating_add(self.kernel_size))
         } else {
