@@ -32,7 +32,7 @@ pub(crate) fn backward<const N: usize>(
     let mut sums =
         [(); N].map(|()| SourceGrads { q: zeros(shape.q()), k: zeros(shape.k()), v: zeros(shape.v()) });
     for part in parts {
-        let [q, k, v] = gathered(&sources[part.source], part);
+        let [q, k, v] = gathered(sources, part)?;
         let x = Qkv::new(q.view()?, k.view()?, v.view()?)?;
         let rows = x.shape();
         if rows.rows() == 0 {

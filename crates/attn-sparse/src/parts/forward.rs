@@ -6,7 +6,7 @@ use attn_core::merge::merge_weights;
 use attn_core::parallel::for_each_task;
 use attn_core::score::Unchanged;
 use attn_core::view::ViewMut;
-use attn_core::{OutMut, Qkv, Result};
+use attn_core::{AttnError, OutMut, Qkv, Result};
 use attn_flash::engine::{AnySpec, Problem, attend_any};
 
 /// Merged rows.
@@ -22,8 +22,7 @@ pub(crate) fn forward(sources: &[Qkv<'_>], parts: &[Part], softmax_scale: f32) -
     let shape = sources[0].shape();
     let mut merged: Option<Merged> = None;
     for part in parts {
-        let x = &sources[part.source];
-        let [q, k, v] = gathered(x, part);
+        let [q, k, v] = gathered(sources, part)?;
         let x = Qkv::new(q.view()?, k.view()?, v.view()?)?;
         let rows = x.shape();
         if rows.rows() == 0 {
@@ -53,13 +52,19 @@ fn nothing(rows: usize, width: usize) -> Merged {
     Merged { out: vec![0.0; rows * width], lse: vec![f32::NEG_INFINITY; rows] }
 }
 
-/// q, k and v in the part's orders.
-pub(super) fn gathered<'a>(x: &Qkv<'a>, part: &Part) -> [Gathered<'a>; 3] {
-    [
+/// q, k and v of the part's source in the part's orders.
+pub(super) fn gathered<'a>(sources: &[Qkv<'a>], part: &Part) -> Result<[Gathered<'a>; 3]> {
+    let Some(x) = sources.get(part.source) else {
+        return Err(AttnError::value("source of a part", part.source, format!("below {}", sources.len())));
+    };
+    let shape = x.shape();
+    part.queries.check("order of queries", shape.batch, shape.n_q)?;
+    part.keys.check("order of keys", shape.batch, shape.n_kv)?;
+    Ok([
         Gathered::new(*x.q(), &part.queries),
         Gathered::new(*x.k(), &part.keys),
         Gathered::new(*x.v(), &part.keys),
-    ]
+    ])
 }
 
 /// Merges a part's rows into the rows they stand for.

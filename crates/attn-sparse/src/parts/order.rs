@@ -2,7 +2,7 @@
 
 use attn_core::parallel::for_each_task;
 use attn_core::view::View;
-use attn_core::{Element, Result, TensorView};
+use attn_core::{AttnError, Element, Result, TensorView};
 use std::sync::Arc;
 
 /// Rows that one task gathers.
@@ -32,6 +32,18 @@ impl Order {
     #[cfg(test)]
     pub(crate) fn rows(&self, batch: usize, n: usize) -> Vec<usize> {
         self.places(batch, n).map(|(_, row)| row).collect()
+    }
+
+    /// Checks that all rows exist and that there is a list for every batch entry.
+    pub(super) fn check(&self, name: &str, batch: usize, n: usize) -> Result<()> {
+        let Some(lists) = &self.0 else { return Ok(()) };
+        if lists.len() != 1 && lists.len() != batch {
+            return Err(AttnError::shape(name, "batch", lists.len(), format!("1 or {batch}")));
+        }
+        match lists.iter().flatten().find(|row| **row as usize >= n) {
+            Some(row) => Err(AttnError::value(name, format!("row {row}"), format!("below {n}"))),
+            None => Ok(()),
+        }
     }
 
     /// Length of the longest list; `n` if it is all rows.

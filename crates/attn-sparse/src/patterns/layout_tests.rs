@@ -235,3 +235,52 @@ fn tokens_of_videos() {
     check_shape(&radial, &shape);
     check_shape(&Radial { frame: 3, first_frame: false }, &AttnShape::square(1, 149, 4));
 }
+
+/// A pattern whose part names rows that do not exist.
+#[derive(Debug, Clone)]
+struct Misplaced(crate::Part);
+
+impl Pattern for Misplaced {
+    type Mask = attn_core::mask::SeeAll;
+    const NAME: &'static str = "misplaced";
+
+    fn mask(&self, _: &AttnShape) -> attn_core::Result<Self::Mask> {
+        Ok(attn_core::mask::SeeAll)
+    }
+
+    fn pairs(&self, shape: &AttnShape) -> u64 {
+        (shape.rows() * shape.n_kv) as u64
+    }
+
+    fn is_causal(&self) -> bool {
+        false
+    }
+}
+
+impl Parted for Misplaced {
+    fn parts(&self, _: &AttnShape) -> attn_core::Result<Vec<crate::Part>> {
+        Ok(vec![self.0.clone()])
+    }
+}
+
+#[test]
+fn orders_of_rows_that_do_not_exist_are_refused() {
+    use crate::{Order, Part, PartedAttention};
+    use attn_core::Attention;
+    let shape = AttnShape::square(1, 40, 4);
+    let problem = attn_testkit::inputs::Problem::normal(shape, 0);
+    let good = Part::natural(std::sync::Arc::new(attn_core::mask::SeeAll));
+    let wrong = [
+        (Part { queries: Order::of(vec![3, 40]), ..good.clone() }, "row 40"),
+        (Part { keys: Order::of(vec![41]), ..good.clone() }, "row 41"),
+        (Part { keys: Order::per_batch(vec![vec![], vec![]]), ..good.clone() }, "batch"),
+        (Part { source: 1, ..good }, "source"),
+    ];
+    for (part, word) in wrong {
+        let mut out = vec![0.0; 160];
+        let view = attn_core::view::ViewMut::contiguous("out", &mut out, shape.out()).unwrap();
+        let attention = PartedAttention::new(Misplaced(part));
+        let error = attention.forward(problem.qkv().unwrap(), view.into()).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}

@@ -67,11 +67,12 @@ impl AxisWindow {
     #[inline]
     pub(super) fn window(&self, n: usize, u: usize) -> Range<usize> {
         let (k, s) = (self.kernel_size, self.stride);
+        let group = if s == 1 { u } else { u / s * s };
         if self.causal {
-            let leader = (u / s * s + s - 1).min(n - 1);
+            let leader = (group + s - 1).min(n - 1);
             return (leader + 1).saturating_sub(k)..u + 1;
         }
-        let leader = (u / s * s + s / 2).min(n - 1);
+        let leader = (group + s / 2).min(n - 1);
         let (left, right) = (k / 2, (k - 1) / 2);
         let centre = leader.max(left).min((n - 1).saturating_sub(right));
         centre.saturating_sub(left)..(centre + right + 1).min(n)
@@ -100,6 +101,23 @@ impl AxisWindow {
     fn keys(&self, n: usize, x: usize) -> impl Iterator<Item = usize> + use<> {
         let (d, r) = (self.dilation, x % self.dilation);
         self.seen(n, x).map(move |t| t * d + r)
+    }
+
+    /// Which of the positions `xs` see `y`, without dilation: both ends of windows grow, so they are consecutive.
+    fn seen_by(&self, n: usize, y: usize, xs: &Range<usize>) -> Range<usize> {
+        let (left, right) = (self.kernel_size / 2, (self.kernel_size - 1) / 2);
+        let (first, end) = if self.stride > 1 {
+            let first = xs.clone().find(|x| self.window(n, *x).end > y).unwrap_or(xs.end);
+            (first, (first..xs.end).find(|x| self.window(n, *x).start > y).unwrap_or(xs.end))
+        } else if self.causal {
+            (y, y.saturating_add(self.kernel_size))
+        } else {
+            // At the borders windows stay where they are.
+            let first = if y <= left + right { 0 } else { y - right };
+            (first, if y + left + right + 1 >= n { n } else { y + left + 1 })
+        };
+        let first = first.clamp(xs.start, xs.end);
+        first..end.clamp(first, xs.end)
     }
 
     /// A range that holds what the positions `xs`, not empty, see.
@@ -229,6 +247,11 @@ impl<const D: usize> Mask for NeighborhoodMask<D> {
             at += xs.len();
             if !self.line_sees(x, y) {
                 return scores.fill(f32::NEG_INFINITY);
+            }
+            if axis.dilation == 1 {
+                let seen = axis.seen_by(n, y[D - 1], &xs);
+                scores[..seen.start - xs.start].fill(f32::NEG_INFINITY);
+                return scores[seen.end - xs.start..].fill(f32::NEG_INFINITY);
             }
             for (x, score) in xs.zip(scores) {
                 if !axis.sees(n, x, y[D - 1]) {

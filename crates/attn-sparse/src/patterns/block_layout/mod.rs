@@ -52,7 +52,7 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
     fn per_head(&self) -> bool;
 
     /// The blocks that block row `row` of `n_blocks` sees, in any order, for head `head` (0 if all are alike). Repeated ones
-    /// count once; of a causal layout, later ones are dropped.
+    /// count once; of a causal layout, later ones are dropped. Only asked of options that [`BlockLayout::check`] accepts.
     fn row(&self, head: usize, row: usize, n_blocks: usize) -> Vec<usize>;
 
     /// How many different blocks [`BlockLayout::row`] gives, without the later ones of a causal layout.

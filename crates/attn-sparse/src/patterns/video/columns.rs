@@ -1,5 +1,7 @@
 //! Frames one after the other, and the same positions column by column.
 
+use std::ops::Range;
+
 /// `n` positions in frames of `frame` tokens; the last frame may be shorter. A column is one place in all frames.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Columns {
@@ -51,6 +53,28 @@ impl Columns {
         }
         let rest = x - last * frames;
         (rest % (frames - 1), last + rest / (frames - 1))
+    }
+
+    /// Calls `visit` with the frame of each run of positions, and its places.
+    pub(super) fn each_frame(&self, positions: Range<usize>, mut visit: impl FnMut(usize, Range<usize>)) {
+        let mut at = positions.start;
+        while at < positions.end {
+            let (f, first) = self.place(at);
+            let end = ((f + 1) * self.frame).min(positions.end);
+            visit(f, first..first + (end - at));
+            at = end;
+        }
+    }
+
+    /// Calls `visit` with the column of each run of sorted positions, and its frames.
+    pub(super) fn each_column(&self, sorted: Range<usize>, mut visit: impl FnMut(usize, Range<usize>)) {
+        let mut at = sorted.start;
+        while at < sorted.end {
+            let (first, s) = self.place_of(at);
+            let end = self.start(s + 1).min(sorted.end);
+            visit(s, first..first + (end - at));
+            at = end;
+        }
     }
 
     /// The positions column by column.

@@ -123,6 +123,28 @@ impl Mask for VideoMask {
         }
         near((s0, s1), (t0, t1), self.pattern.token_window, sinks)
     }
+
+    /// A frame at a time: the places that see a key are consecutive.
+    fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        let ((g, t), mut at) = (self.columns.place(j), 0);
+        if self.pattern.first_frame && g == 0 {
+            return;
+        }
+        let spatial = self.pattern.kinds.spatial().contain(head.head);
+        self.columns.each_frame(rows, |f, own| {
+            let scores = &mut scores[at..at + own.len()];
+            at += own.len();
+            let w = self.pattern.token_window;
+            let seen = match spatial {
+                true if f.abs_diff(g) <= self.pattern.frame_window => own.clone(),
+                true => own.start..own.start,
+                false => t.saturating_sub(w)..t.saturating_add(w).saturating_add(1),
+            };
+            let first = seen.start.clamp(own.start, own.end);
+            scores[..first - own.start].fill(f32::NEG_INFINITY);
+            scores[seen.end.clamp(first, own.end) - own.start..].fill(f32::NEG_INFINITY);
+        });
+    }
 }
 
 /// Cover of ranges (ends included) that see each other up to a distance; `others` are seen for another reason.
@@ -179,6 +201,19 @@ impl Mask for ColumnMask {
         let Some(first) = keys.start.checked_sub(self.sinks) else { return Cover::Partial };
         let columns = (self.keys.place_of(first).1, self.keys.place_of(keys.end - 1 - self.sinks).1);
         near(self.columns_of_rows(&rows), columns, self.window, false)
+    }
+
+    /// A column at a time.
+    fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        let Some(key) = j.checked_sub(self.sinks) else { return };
+        let (column, mut at) = (self.keys.place_of(key).1, 0);
+        self.queries.each_column(rows, |s, frames| {
+            let scores = &mut scores[at..at + frames.len()];
+            at += frames.len();
+            if s.abs_diff(column) > self.window {
+                scores.fill(f32::NEG_INFINITY);
+            }
+        });
     }
 }
 

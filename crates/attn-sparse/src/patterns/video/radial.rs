@@ -88,21 +88,17 @@ impl Mask for RadialMask {
     }
 
     fn spans(&self, _: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
-        let (mut spans, mut at) = (Vec::new(), rows.start);
+        let mut spans = Vec::new();
         if n_kv == 0 {
             return spans;
         }
-        while at < rows.end {
-            let (f, first) = self.columns.place(at);
-            let end = ((f + 1) * self.columns.frame).min(rows.end);
-            let last = first + (end - at) - 1;
+        self.columns.each_frame(rows, |f, own| {
             let sinks = (self.first_frame && self.frames(f).start > 0).then_some(0);
             for g in sinks.into_iter().chain(self.frames(f)) {
-                let places = self.places(f, g, first, last);
+                let places = self.places(f, g, own.start, own.end - 1);
                 spans.push(g * self.columns.frame + places.start..g * self.columns.frame + places.end);
             }
-            at = end;
-        }
+        });
         joined(spans)
     }
 
@@ -122,6 +118,23 @@ impl Mask for RadialMask {
         } else {
             Cover::Partial
         }
+    }
+
+    /// A frame at a time: the places that see a key are consecutive.
+    fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        let ((g, l), mut at) = (self.columns.place(j), 0);
+        if self.first_frame && g == 0 {
+            return;
+        }
+        self.columns.each_frame(rows, |f, own| {
+            let scores = &mut scores[at..at + own.len()];
+            at += own.len();
+            let width = self.width(f.abs_diff(g));
+            let first = (l + 1).saturating_sub(width).clamp(own.start, own.end);
+            let end = (l + width).clamp(first, own.end);
+            scores[..first - own.start].fill(f32::NEG_INFINITY);
+            scores[end - own.start..].fill(f32::NEG_INFINITY);
+        });
     }
 }
 
@@ -175,13 +188,8 @@ impl Mask for FarMask {
     }
 
     fn spans(&self, _: Head, rows: Range<usize>, _: usize) -> Vec<Range<usize>> {
-        let (mut spans, mut at) = (Vec::new(), rows.start);
-        while at < rows.end {
-            let (f, place) = self.all.columns.place_of(at);
-            let end = self.all.columns.start(place + 1).min(rows.end);
-            self.runs(place, f..f + (end - at), &mut spans);
-            at = end;
-        }
+        let mut spans = Vec::new();
+        self.all.columns.each_column(rows, |place, frames| self.runs(place, frames, &mut spans));
         joined(spans)
     }
 
@@ -201,6 +209,29 @@ impl Mask for FarMask {
         // Beyond octaves of `frame`, distances are picked one by one.
         let all = octave(farthest) <= columns.frame;
         if nearest >= self.first && farthest <= reach && all { Cover::Full } else { Cover::Partial }
+    }
+
+    /// A column at a time: only frames are asked row by row.
+    fn hide(&self, _: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
+        let columns = &self.all.columns;
+        let ((g, l), mut at) = (columns.place_of(j), 0);
+        let is_sink = self.all.first_frame && g == 0;
+        // Below this distance, frames are not picked one by one.
+        let all_below = 2 * octave(columns.frame);
+        columns.each_column(rows, |k, frames| {
+            let scores = &mut scores[at..at + frames.len()];
+            at += frames.len();
+            let Some(reach) = self.reach(k.abs_diff(l)).filter(|_| !is_sink) else {
+                return scores.fill(f32::NEG_INFINITY);
+            };
+            for (f, score) in frames.zip(scores) {
+                let distance = f.abs_diff(g);
+                let picked = distance < all_below || self.all.width(distance) > 0;
+                if distance < self.first || distance > reach || !picked {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+        });
     }
 }
 

@@ -59,6 +59,7 @@ pub(super) fn entries() -> Vec<Entry> {
                 DILATION,
                 STRIDE,
                 CAUSAL,
+                GRID,
                 OptionSpec::SCALE,
             ],
             constructor: |options| neighborhood::<1>(options, 257),
@@ -120,8 +121,7 @@ fn neighborhood<const D: usize>(options: &Options, kernel_size: usize) -> Result
         stride: strides[a],
         causal: causal[a],
     };
-    let grid = if D == 1 { None } else { grid::<D>(options)? };
-    build_parted(options, Neighborhood { axes: std::array::from_fn(axis), grid })
+    build_parted(options, Neighborhood { axes: std::array::from_fn(axis), grid: grid::<D>(options)? })
 }
 
 fn axial<const D: usize>(options: &Options) -> Result<Box<dyn Attention>> {
