@@ -48,6 +48,10 @@ fn what_selects_by_content_finds_it() {
         ("quest", "causal=true page_len=64 token_budget=256"),
         ("topk", "causal=true"),
         ("topk", "causal=true topk=1"),
+        ("moba", "chunk_len=64 top_k=8"),
+        ("dsa", "index_dim=16"),
+        ("block-indexer", "index_dim=16"),
+        ("infllm-v2", ""),
     ] {
         assert_eq!(found(name, options, &haystack), [true; 3], "{name} {options}");
     }

@@ -2,6 +2,7 @@
 
 use attn_core::mask::Head;
 use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, find};
+use attn_core::{AttnShape, Qkv, View};
 use attn_sparse::{
     BlockSizes, Decider, ExactTopK, FlexPrefill, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
@@ -247,5 +248,80 @@ fn small_blocks_keep_their_promises() {
             report.findings.retain(|finding| finding.promise != "nan-rows");
         }
         assert!(report.is_clean() && report.findings.len() > 15, "{report}");
+    }
+}
+
+/// Numbers around 0.
+fn numbers(len: usize, seed: f32) -> Vec<f32> {
+    (0..len).map(|i| ((i as f32 + 1.0) * seed).sin() * 2.0).collect()
+}
+
+fn view(data: &[f32], shape: [usize; 4]) -> View<'_, f32> {
+    View::contiguous("x", data, shape).unwrap()
+}
+
+#[test]
+fn settings_that_take_all_are_dense() {
+    let shape = AttnShape { batch: 2, n_heads_kv: 1, ..AttnShape::square(2, 150, 8) };
+    let (q, k) = (numbers(2 * 2 * 150 * 8, 0.31), numbers(2 * 150 * 8, 0.77));
+    let (q, k) = (view(&q, shape.q()), view(&k, shape.k()));
+    let x = Qkv::new(q, k, k).unwrap();
+    let (sizes, block) = (BlockSizes::square(16), 16);
+    let decisions = [
+        ("topk", ExactTopK { causal: true, top_k: 149, softmax_scale: None }.decide(&x)),
+        ("topk of all", ExactTopK { causal: true, top_k: 150, softmax_scale: None }.decide(&x)),
+        (
+            "vertical",
+            VerticalSlash { num_vertical: 150, num_slash: 0, ..VerticalSlash::default() }.decide(&x),
+        ),
+        ("slash", VerticalSlash { num_vertical: 0, num_slash: 150, ..VerticalSlash::default() }.decide(&x)),
+        (
+            "minference",
+            MInferenceBlockSparse { sizes, top_k: 10, ..MInferenceBlockSparse::default() }.decide(&x),
+        ),
+        (
+            "lines",
+            FlexPrefill { block, gamma: 1.0, tau: 0.0, budget_tokens: 16, ..FlexPrefill::default() }
+                .decide(&x),
+        ),
+        ("single blocks", FlexPrefill { block, gamma: 1.0, tau: 1.0, ..FlexPrefill::default() }.decide(&x)),
+        ("xattention", XAttention { block, stride: 4, threshold: 1.0, ..XAttention::default() }.decide(&x)),
+        ("cdf", SpargeAttn { sizes, similarity: -1.0, cdf: 1.0, ..SpargeAttn::default() }.decide(&x)),
+        ("similarity", SpargeAttn { sizes, similarity: 1.0, cdf: 0.0, ..SpargeAttn::default() }.decide(&x)),
+    ];
+    for (name, decision) in decisions {
+        let decision = decision.unwrap();
+        for (batch, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            for i in 0..150 {
+                // One of 150 keys is too many for the last row alone.
+                let most = if name == "topk" { 149 } else { 150 };
+                let got = decision.selected(Head { batch, head }, i, 150);
+                assert_eq!(got.len(), (i + 1).min(most), "{name}: row {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_planted_key_is_found_and_blocks_are_few() {
+    let (n, d, planted) = (4096, 16, 1234);
+    let shape = AttnShape::square(1, n, d);
+    let (mut q, mut k) = (numbers(n * d, 0.3113), numbers(n * d, 0.7717));
+    // Queries from 3968 on look for it; it is the only key of its direction.
+    k[planted * d..][..d].fill(12.0);
+    q[3968 * d..].iter_mut().for_each(|q| *q += 3.0);
+    let (q, k) = (view(&q, shape.q()), view(&k, shape.k()));
+    let x = Qkv::new(q, k, k).unwrap();
+    let decisions = [
+        ExactTopK { causal: true, top_k: 4, softmax_scale: None }.decide(&x),
+        VerticalSlash { num_vertical: 40, num_slash: 110, ..VerticalSlash::default() }.decide(&x),
+        MInferenceBlockSparse { top_k: 4, ..MInferenceBlockSparse::default() }.decide(&x),
+        FlexPrefill { min_budget: 2, tau: 0.0, ..FlexPrefill::default() }.decide(&x),
+        XAttention { threshold: 0.5, ..XAttention::default() }.decide(&x),
+    ];
+    for (at, decision) in decisions.into_iter().enumerate() {
+        let selected = decision.unwrap().selected(Head { batch: 0, head: 0 }, n - 1, n);
+        assert!(selected.contains(&planted), "decider {at} misses the key");
+        assert!(selected.len() < n / 2, "decider {at} takes {} keys", selected.len());
     }
 }
