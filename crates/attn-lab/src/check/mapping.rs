@@ -40,6 +40,8 @@ enum Rule {
     List(&'static str),
     /// A word of ours for one of theirs; other words are the same.
     Word(&'static str, &'static [(&'static str, &'static str)]),
+    /// A temperature, which the reference of the kind `sortcut` does not use.
+    Temperature,
     /// A number of queries and of keys that ours has once.
     Square(&'static str),
 }
@@ -244,6 +246,10 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
         Rule::Word(ours, words) => {
             let word = words.iter().find(|(theirs, _)| *theirs == text).map(|(_, ours)| *ours);
             plan.set(ours, word.unwrap_or(&text));
+        }
+        Rule::Temperature => {
+            let unused = case.options.get("kind").and_then(Value::as_str) == Some("sortcut");
+            plan.set("temperature", if unused { "1" } else { &text });
         }
         Rule::Square(ours) => match plan.options.0.get(ours) {
             Some(other) if *other != text => {

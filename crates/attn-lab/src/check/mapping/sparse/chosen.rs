@@ -196,10 +196,8 @@ pub(super) const TABLE: &[Row] = &[
             ("kind", Rule::As("kind")),
             ("bucket_size", Rule::As("bucket_size")),
             ("n_top", Rule::As("n_top")),
+            ("temperature", Rule::Temperature),
         ],
-        set: &[("temperature", "1")],
-        // The reference has one, and does not use it for these kinds.
-        remarks: &["temperature"],
         ..SPARSE
     },
 ];
