@@ -34,7 +34,7 @@ use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Family, Growth, OutMut, Profile, Qkv, Result,
     SoftmaxAttention, Target, check_lse, softmax_flops, softmax_scale_or_default,
 };
-use attn_flash::engine::{Spec, attend};
+use attn_flash::engine::{AnySpec, Problem, attend_any};
 use attn_flash::{HalfProducts, TileSizes};
 use blocks::{FarBlocks, NearBlocks, coarse_levels};
 
@@ -140,7 +140,7 @@ impl HTransformer {
             }
         };
         let near = And(self.band(), NearBlocks { block: self.block(shape.n_q) });
-        attend(x, out.reborrow(), Some(lse), &spec(softmax_scale, &near, None))?;
+        attend_any(Problem::batch(x), out.reborrow(), Some(lse), &spec(softmax_scale, &near, None))?;
 
         let mut levels = self.attend_coarse(&x, softmax_scale)?;
         while let Some(coarse) = levels.pop() {
@@ -178,7 +178,7 @@ impl HTransformer {
             let level = Qkv::new(q.view()?, k.view()?, v.view()?)?;
             let mass = nodes.log_mass();
             let spec = spec(softmax_scale, &far, Some(&mass));
-            attend(level, result.out.as_out()?, Some(&mut result.lse), &spec)?;
+            attend_any(Problem::batch(level), result.out.as_out()?, Some(&mut result.lse), &spec)?;
             results.push(result);
             finer = Some([q, k, v]);
         }
@@ -186,10 +186,10 @@ impl HTransformer {
     }
 }
 
-fn spec<'a, M: Mask>(softmax_scale: f32, mask: &'a M, key_bias: Option<&'a [f32]>) -> Spec<'a, M, Unchanged> {
+fn spec<'a>(softmax_scale: f32, mask: &'a dyn Mask, key_bias: Option<&'a [f32]>) -> AnySpec<'a> {
     // Levels are merged by their log-sum-exps, which products of bf16 pairs would blur.
     let half_products = HalfProducts::Widen;
-    Spec { key_bias, half_products, ..Spec::new(softmax_scale, mask, &Unchanged) }
+    AnySpec { key_bias, half_products, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
 }
 
 impl Attention for HTransformer {
