@@ -2,11 +2,19 @@
 
 use crate::attention::{BiasGrad, SparseGrads};
 use crate::{Decider, SparseAttention};
-use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, output_like};
+use attn_core::registry::{NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like};
 use attn_core::score::BiasIndex;
 use attn_core::{AttnError, Differentiable, QkvGrads, Result, SoftmaxAttention};
 use std::ops::Range;
 use std::str::FromStr;
+
+/// An option with its default.
+pub(super) const fn option(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec { name, default, help }
+}
+
+/// Causal unless told otherwise.
+pub(super) const CAUSAL: OptionSpec = option("causal", "true", "no key after the query (true|false)");
 
 /// The comma-separated values of an option; none if it is not given.
 pub(super) fn list<T: FromStr>(options: &Options, name: &str) -> Result<Vec<T>> {
