@@ -66,6 +66,7 @@ mod score_rule;
 mod scores;
 pub mod select;
 mod sorted;
+mod store;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{

@@ -3,7 +3,7 @@
 use super::{Branch, LongNet};
 use crate::Decision;
 use crate::attend::Call;
-use crate::residues::store;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::merge::merge_into;
 use attn_core::score::Unchanged;

@@ -9,7 +9,8 @@ use super::{CompressedAttention, Entries};
 use crate::SharedMask;
 use crate::routed::index_inputs::{index_queries, series};
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Head, Predicate};
 use attn_core::{
@@ -304,7 +305,7 @@ impl Differentiable for CompressedAttention {
             (kept.out, kept.lse) = call.attend(None)?;
             Ok(())
         })?;
-        store(out, &kept.out);
+        store(out, &kept.out)?;
         Ok(Saved::new(kept))
     }
 
@@ -335,9 +336,9 @@ impl Differentiable for CompressedAttention {
             let heads = s.batch * s.n_heads_kv;
             self.means_backward(heads, &all.entry_k, &mut all.k, s.head_dim);
             self.means_backward(heads, &all.entry_v, &mut all.v, s.head_dim_v);
-            store(q, &all.q);
-            store(k, &all.k);
-            store(v, &all.v);
+            store(q, &all.q)?;
+            store(k, &all.k)?;
+            store(v, &all.v)?;
         }
         Ok(())
     }

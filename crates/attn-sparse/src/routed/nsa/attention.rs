@@ -6,7 +6,8 @@ use super::inputs::{NsaInputs, NsaOutputs};
 use super::stream::NsaStream;
 use super::{Nsa, NsaGates};
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::Mask;
 use attn_core::merge::gated_sum;
@@ -190,7 +191,7 @@ impl Differentiable for Nsa {
     fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
         x.check_out(&out)?;
         let all = self.forward_with(&NsaInputs::new(x))?;
-        store(out, &all.out);
+        store(out, &all.out)?;
         Ok(Saved::new(all))
     }
 
@@ -207,9 +208,9 @@ impl Differentiable for Nsa {
         crate::routed::index_inputs::check_axes("grad_out", grad_out.shape(), s.out())?;
         let grad_out = heads_f32(&grad_out, 0..s.n_q);
         let all = self.backward_with(&NsaInputs::new(x), saved.get()?, &grad_out)?;
-        store(grads.q, &all.q);
-        store(grads.k, &all.k);
-        store(grads.v, &all.v);
+        store(grads.q, &all.q)?;
+        store(grads.k, &all.k)?;
+        store(grads.v, &all.v)?;
         Ok(())
     }
 }

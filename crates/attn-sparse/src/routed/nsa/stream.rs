@@ -3,8 +3,9 @@
 use super::Nsa;
 use super::branches::Rows;
 use super::compression::Compressed;
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
 use crate::routed::stream::cache_of;
+use crate::store::store;
 use attn_core::{AttnShape, OutMut, Qkv, Result, StreamShape, StreamState, View, softmax_scale_or_default};
 use attn_flash::cache::KvCache;
 
@@ -40,7 +41,7 @@ impl StreamState for NsaStream {
         let rows = Rows { shape, softmax_scale: self.softmax_scale };
         let q = View::contiguous("q", &q, shape.q())?;
         let parts = self.nsa.attend(&rows, q, self.cache.views()?, &self.compressed, None)?;
-        store(out, &self.nsa.gated(&parts, None, shape.head_dim_v)?);
+        store(out, &self.nsa.gated(&parts, None, shape.head_dim_v)?)?;
         Ok(())
     }
 
