@@ -1,10 +1,10 @@
 //! The window and the entries, each a call of the engine, merged through their log-sum-exps.
 
 use super::{CompressedAttention, Entries};
-use crate::routed::dsa::{Largest, tokens};
+use crate::routed::dsa::{LargestTokens, tokens};
 use crate::routed::ended::{Ended, n_ended};
 use crate::routed::indexer::{IndexQueries, select};
-use crate::routed::key_panels::KeyPanels;
+use crate::routed::key_panels::SampledPanels;
 use crate::routed::router::rows_apart;
 use crate::{BlockMask, SharedMask};
 use attn_core::mask::{Align, Band, Mask};
@@ -41,7 +41,9 @@ impl CompressedAttention {
         Ok(match chosen {
             None => Arc::new(Ended::of(self.rate, self.rate, s)),
             Some((lists, chosen)) => {
-                let mask: BlockMask = tokens(&over, lists, chosen.to_vec())?;
+                let narrow = |list: &Vec<usize>| list.iter().map(|entry| *entry as u32).collect();
+                let chosen: Vec<Vec<u32>> = chosen.iter().map(narrow).collect();
+                let mask: BlockMask = tokens(&over, lists, &chosen)?;
                 Arc::new(mask)
             }
         })
@@ -52,11 +54,13 @@ impl CompressedAttention {
         &self,
         s: &AttnShape,
         queries: &IndexQueries,
-        keys: impl Fn(usize) -> &'k KeyPanels<E> + Sync,
+        keys: impl Fn(usize) -> &'k SampledPanels<E> + Sync,
     ) -> Vec<Vec<usize>> {
         let Entries::Sparse { top_k, .. } = self.entries else { return Vec::new() };
         let ended = Ended::of(self.rate, self.rate, s);
-        select(queries, keys, &Largest { top_k, visible: |row| ended.visible(row) })
+        let chosen = select(queries, keys, &LargestTokens { top_k, visible: |row| ended.visible(row) });
+        let wide = |list: Vec<u32>| list.into_iter().map(|entry| entry as usize).collect();
+        chosen.into_iter().map(wide).collect()
     }
 
     /// Entries of the first `n` tokens.
@@ -87,7 +91,7 @@ impl Call<'_> {
         let shape = self.entry_problem()?.shape();
         Ok(match self.attention.entries {
             Entries::Heavy => AnySpec::new(self.softmax_scale, seen, &Unchanged),
-            Entries::Sparse { .. } => rows_apart(seen, self.softmax_scale, &shape),
+            Entries::Sparse { .. } => rows_apart(seen, 1, self.softmax_scale, &shape),
         })
     }
 
