@@ -5,5 +5,6 @@ mod routed {
     mod compressed;
     mod golden;
     mod nsa;
+    mod pages;
     mod promises;
 }

@@ -110,7 +110,7 @@ pub(super) fn entries() -> Vec<Entry> {
     ]
 }
 
-fn routed<R: Router>(options: &Options, router: R) -> Result<Box<dyn Attention>> {
+pub(super) fn routed<R: Router>(options: &Options, router: R) -> Result<Box<dyn Attention>> {
     only_causal(options, R::NAME)?;
     Ok(Box::new(Routed { router, softmax_scale: options.get("scale")? }))
 }
@@ -210,16 +210,21 @@ fn run_block_indexer(entry: &Entry, options: &Options, tensors: &NamedTensors) -
 
 /// Attends what was decided: `o`, `lse`, and gradients with `grad_o`.
 fn run_decided(options: &Options, tensors: &NamedTensors, decision: Decision) -> Result<NamedTensors> {
-    let x = tensors.qkv()?;
     let attention =
         SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(Decided(decision)) };
+    run_built(&attention, tensors)
+}
+
+/// Runs a variant that has been built on `q`, `k`, `v`: `o`, `lse`, and gradients with `grad_o`.
+pub(super) fn run_built(attention: &impl SoftmaxAttention, tensors: &NamedTensors) -> Result<NamedTensors> {
+    let x = tensors.qkv()?;
     let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
     attention.forward_with_lse(x, out.as_out()?, &mut lse)?;
     let [batch, heads, n_q, _] = x.shape().out();
     let mut given = NamedTensors::default();
     given.0.insert("lse".into(), NamedTensor::f32("lse", &[batch, heads, n_q], lse)?);
     if let Some(grad_o) = tensors.get("grad_o") {
-        given.0.extend(gradients(&attention, x, &mut out, grad_o)?.0);
+        given.0.extend(gradients(attention, x, &mut out, grad_o)?.0);
     }
     given.0.insert("o".into(), out);
     Ok(given)

@@ -6,6 +6,7 @@
 //! | [`Dsa`] | tokens, for all heads | a lightning indexer |
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
 //! | [`InfLlm`] | blocks, for a key/value group | the largest probability of a mean key in a block |
+//! | [`ArkVale`], [`DoubleSparsity`], [`InfLlmMemory`], [`Loki`] | pages or tokens | what is noted of them ([`PageScorer`]) |
 //!
 //! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
 //! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
@@ -22,6 +23,7 @@ mod infllm;
 mod key_panels;
 mod moba;
 mod nsa;
+mod pages;
 mod router;
 mod rows;
 mod stream;
@@ -39,4 +41,7 @@ pub use index_inputs::{BlockIndexerInputs, DsaInputs};
 pub use infllm::{InfLlm, KeyMeans};
 pub use moba::{ChunkMeans, Moba};
 pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use pages::{
+    ArkVale, DoubleSparsity, InfLlmMemory, Loki, PageNotes, PageScorer, Pages, Representatives, Volume,
+};
 pub use router::{Routed, Router};
