@@ -98,11 +98,11 @@ pub use prefill::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use routed::{
-    ArkVale, BlockIndexer, BlockIndexerInputs, ChunkMeans, CompressedAttention, CompressedGrads,
-    CompressedInputs, CompressedKv, CompressedOutputs, Decided, DoubleSparsity, Dsa, DsaInputs, Entries,
-    EntryIndexer, EntryPooling, IndexKeys, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch,
-    NsaGates, NsaGrads, NsaInputs, NsaOutputs, PageNotes, PageScorer, Pages, Representatives, Routed, Router,
-    Volume,
+    ArkVale, BlockIndexer, BlockIndexerInputs, BlockIndexerStream, ChunkMeans, CompressedAttention,
+    CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedKv, CompressedOutputs, Decided,
+    DoubleSparsity, Dsa, DsaInputs, DsaStream, Entries, EntryIndexer, EntryPooling, IndexKeys, IndexTarget,
+    IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs,
+    NsaOutputs, NsaStream, PageNotes, PageScorer, Pages, Representatives, Routed, Router, Volume,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{

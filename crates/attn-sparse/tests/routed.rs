@@ -7,4 +7,6 @@ mod routed {
     mod nsa;
     mod pages;
     mod promises;
+    mod streams;
+    mod training;
 }

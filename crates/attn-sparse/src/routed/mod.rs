@@ -16,9 +16,11 @@ mod compressed;
 mod decided;
 mod dsa;
 mod ended;
+mod given_streams;
 mod index_channels;
 mod index_inputs;
 mod indexer;
+mod indexer_training;
 mod infllm;
 mod key_panels;
 mod moba;
@@ -30,17 +32,19 @@ mod stream;
 
 pub use block_indexer::BlockIndexer;
 pub use compressed::{
-    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer,
-    EntryPooling,
+    CompressedAttention, CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedOutputs,
+    Entries, EntryIndexer, EntryPooling,
 };
 pub use decided::Decided;
 pub(crate) use decided::given_lists;
 pub use dsa::Dsa;
+pub use given_streams::{BlockIndexerStream, DsaStream};
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
+pub use indexer_training::{IndexTarget, IndexerGrads};
 pub use infllm::{InfLlm, KeyMeans};
 pub use moba::{ChunkMeans, Moba};
-pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, NsaStream};
 pub use pages::{
     ArkVale, DoubleSparsity, InfLlmMemory, Loki, PageNotes, PageScorer, Pages, Representatives, Volume,
 };

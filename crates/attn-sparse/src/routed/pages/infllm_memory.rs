@@ -18,7 +18,7 @@
 //! Efficient Context Memory", NeurIPS 2024.
 
 use super::selector::TopPages;
-use super::{Pages, masked, work};
+use super::{Pages, growth, masked, work};
 use crate::BlockMask;
 use crate::decider::Work;
 use crate::routed::indexer::{IndexQueries, select};
@@ -221,7 +221,7 @@ impl Router for InfLlmMemory {
     }
 
     fn growth(&self) -> Growth {
-        Growth::Quadratic
+        growth(&self.pages(), 64)
     }
 
     /// Queries choose what later ones see.

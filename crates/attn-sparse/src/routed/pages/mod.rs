@@ -207,7 +207,17 @@ impl<S: PageScorer> Router for S {
     }
 
     fn growth(&self) -> Growth {
-        Growth::Quadratic
+        growth(&self.pages(), self.width(64).unwrap_or(64))
+    }
+}
+
+/// At a million keys of width 64: what is attended is linear, scores of notes are not.
+fn growth(pages: &Pages, width: usize) -> Growth {
+    let (attended, scores) = (pages.keys().saturating_mul(4 * 64), (1 << 20) / pages.page_len.max(1) * width);
+    match scores / attended.max(1) {
+        0 => Growth::Linear,
+        1..=6 => Growth::SubQuadratic,
+        _ => Growth::Quadratic,
     }
 }
 
