@@ -96,6 +96,14 @@ impl Decision {
         matches!(self.arrangement, Arrangement::Apart(_))
     }
 
+    /// Keys of the blocks that rows list, where each has a list of its own; else 1.
+    pub(crate) fn block_of_lists(&self) -> usize {
+        match self.arrangement {
+            Arrangement::Apart(block) => block,
+            _ => 1,
+        }
+    }
+
     pub(crate) fn arrangement(&self) -> &Arrangement {
         &self.arrangement
     }

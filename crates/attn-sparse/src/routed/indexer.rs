@@ -10,7 +10,7 @@
 //!
 //! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
-use super::key_panels::{KeyPanels, PANEL, SampledPanels, ScoreRows};
+use super::key_panels::{KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
 use crate::select::largest::nth_largest;
 use attn_core::Element;
 use attn_core::parallel::for_each_task;
@@ -70,9 +70,9 @@ pub(super) trait RowSelector: Sync {
 }
 
 /// The lists of all rows, `[lists, rows]`; `keys` gives those that a list is scored against.
-pub(super) fn select<'k, E: Element, R: RowSelector>(
+pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
     queries: &IndexQueries,
-    keys: impl Fn(usize) -> &'k SampledPanels<E> + Sync,
+    keys: impl Fn(usize) -> &'k K + Sync,
     selector: &R,
 ) -> Vec<Vec<u32>> {
     let n = queries.rows;
@@ -88,7 +88,7 @@ pub(super) fn select<'k, E: Element, R: RowSelector>(
     if few {
         // The threads share the keys instead.
         for (at, chosen) in tasks {
-            rows(at).by_shares(isa, &keys(at / blocks).all, selector, &mut chosen[0]);
+            rows(at).by_shares(isa, keys(at / blocks).all(), selector, &mut chosen[0]);
         }
     } else {
         // The last rows first: they see the most.
@@ -121,15 +121,15 @@ struct Rows<'a> {
 }
 
 /// Some rows against the keys that they see, tile by tile.
-struct ByTiles<'a, E, R> {
+struct ByTiles<'a, K, R> {
     rows: Rows<'a>,
-    keys: &'a SampledPanels<E>,
+    keys: &'a K,
     selector: &'a R,
     chosen: &'a mut [Vec<u32>],
     scratch: &'a mut Scratch,
 }
 
-impl<E: Element, R: RowSelector> SimdOp for ByTiles<'_, E, R> {
+impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
     type Output = ();
 
     #[inline(always)]
@@ -146,10 +146,13 @@ impl<E: Element, R: RowSelector> SimdOp for ByTiles<'_, E, R> {
                         None => open.end = r + 1,
                     }
                 }
-                let guesses = rows.guesses(simd, &keys.sample, selector, open.clone(), scratch);
-                let wrong = rows.pass(simd, &keys.all, selector, (open.clone(), &guesses), chosen, scratch);
+                let guesses = match keys.sample() {
+                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), scratch),
+                    None => vec![None; open.len()],
+                };
+                let wrong = rows.pass(simd, keys.all(), selector, (open.clone(), &guesses), chosen, scratch);
                 for r in wrong {
-                    rows.pass(simd, &keys.all, selector, (r..r + 1, &[None]), chosen, scratch);
+                    rows.pass(simd, keys.all(), selector, (r..r + 1, &[None]), chosen, scratch);
                 }
             },
         );
@@ -167,7 +170,7 @@ impl Rows<'_> {
         open: Range<usize>,
         scratch: &mut Scratch,
     ) -> Vec<Option<f32>> {
-        let every = |row: usize| selector.visible(row).div_ceil(super::key_panels::SAMPLING);
+        let every = |row: usize| selector.visible(row).div_ceil(SAMPLING);
         let ranks: Vec<_> = open.clone().map(|r| selector.rank_in_sample(self.first + r)).collect();
         let last = ranks.iter().rposition(Option::is_some);
         let n_keys = last.map_or(0, |last| every(self.first + open.start + last)).min(sample.len());

@@ -37,6 +37,11 @@ impl<E: Element> KeyPanels<E> {
         self.len += 1;
     }
 
+    /// Numbers of a key.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Keys held.
     pub(super) fn len(&self) -> usize {
         self.len
@@ -76,6 +81,42 @@ impl<E: Element> SampledPanels<E> {
     /// Bytes of memory held.
     pub(super) fn bytes(&self) -> usize {
         self.all.bytes() + self.sample.bytes()
+    }
+}
+
+/// Keys with or without a sample of them.
+pub(super) trait Panels: Sync {
+    /// How they are stored.
+    type Number: Element;
+
+    /// All keys.
+    fn all(&self) -> &KeyPanels<Self::Number>;
+
+    /// Every [`SAMPLING`]th of them.
+    fn sample(&self) -> Option<&KeyPanels<Self::Number>>;
+}
+
+impl<E: Element> Panels for KeyPanels<E> {
+    type Number = E;
+
+    fn all(&self) -> &Self {
+        self
+    }
+
+    fn sample(&self) -> Option<&Self> {
+        None
+    }
+}
+
+impl<E: Element> Panels for SampledPanels<E> {
+    type Number = E;
+
+    fn all(&self) -> &KeyPanels<E> {
+        &self.all
+    }
+
+    fn sample(&self) -> Option<&KeyPanels<E>> {
+        Some(&self.sample)
     }
 }
 

@@ -51,6 +51,12 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
     /// Appends keys `(batch, n_heads_kv, n, head_dim)`.
     fn append(&self, summary: &mut Self::Summary, k: &TensorView<'_>);
 
+    /// Learns from the queries `(batch, n_heads_q, n_q, head_dim)` that stand at the last of the keys appended, before they
+    /// choose. Most routers do not.
+    fn observe(&self, summary: &mut Self::Summary, q: &TensorView<'_>) {
+        let _ = (summary, q);
+    }
+
     /// Bytes of memory that a summary holds.
     fn bytes(&self, summary: &Self::Summary) -> usize;
 
@@ -69,6 +75,11 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
 
     /// Growth of time.
     fn growth(&self) -> Growth;
+
+    /// What its attention aims at: softmax over chosen pairs, unless queries choose for each other.
+    fn target(&self) -> Target {
+        Target::SoftmaxOverChosen
+    }
 }
 
 /// Queries that choose together, whose lists have so many entries.
@@ -98,6 +109,7 @@ impl<R: Router> Routed<R> {
     pub fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
         let mut summary = self.router.summary(&StreamShape::of(x))?;
         self.router.append(&mut summary, x.k());
+        self.router.observe(&mut summary, x.q());
         match x.shape().rows() {
             0 => Ok(Decision::new(SeeAll)),
             _ => Ok(Decision::by_lists(self.router.choose(&summary, x.q(), &x.shape())?)),
@@ -137,6 +149,7 @@ impl<R: Router> Routed<R> {
         let together = rows_together(s.n_q, self.router.entries());
         if s.n_q <= together {
             extend(&mut summary, s.n_kv);
+            self.router.observe(&mut summary, x.q());
             return self.attend(&summary, *x.q(), ((*x.k()).into(), (*x.v()).into()), out, lse);
         }
         let blocks: Vec<_> = (0..s.n_q).step_by(together).map(|at| at..(at + together).min(s.n_q)).collect();
@@ -145,6 +158,7 @@ impl<R: Router> Routed<R> {
         for (block, rows) in blocks.into_iter().enumerate() {
             let n_keys = keys_up_to(rows.end);
             extend(&mut summary, n_keys);
+            self.router.observe(&mut summary, &x.q().narrow(rows.clone()));
             let mut part =
                 NamedTensor::unwritten(&[s.batch, s.n_heads_q, rows.len(), s.head_dim_v], x.dtype());
             let mut part_lse = vec![0.0; if lse.is_some() { s.batch * s.n_heads_q * rows.len() } else { 0 }];
@@ -178,7 +192,7 @@ impl<R: Router> Attention for Routed<R> {
     fn profile(&self) -> Profile {
         Profile {
             family: Family::Sparse,
-            target: Target::SoftmaxOverChosen,
+            target: self.router.target(),
             causality: Causality::Strict,
             convex: true,
             key_order_free: false,

@@ -4,13 +4,13 @@ use super::{CompressedAttention, Entries};
 use crate::routed::dsa::{LargestTokens, tokens};
 use crate::routed::ended::{Ended, n_ended};
 use crate::routed::indexer::{IndexQueries, select};
-use crate::routed::key_panels::SampledPanels;
+use crate::routed::key_panels::Panels;
 use crate::routed::router::rows_apart;
 use crate::{BlockMask, SharedMask};
 use attn_core::mask::{Align, Band, Mask};
 use attn_core::merge::{apply_sinks, merge_into};
 use attn_core::score::Unchanged;
-use attn_core::{AttnShape, Element, Result, View, ViewMut};
+use attn_core::{AttnShape, Result, View, ViewMut};
 use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
 use std::sync::Arc;
 
@@ -50,11 +50,11 @@ impl CompressedAttention {
     }
 
     /// What an indexer over entries chooses; none in the heavy form.
-    pub(super) fn choose<'k, E: Element>(
+    pub(super) fn choose<'k, K: Panels + 'k>(
         &self,
         s: &AttnShape,
         queries: &IndexQueries,
-        keys: impl Fn(usize) -> &'k SampledPanels<E> + Sync,
+        keys: impl Fn(usize) -> &'k K + Sync,
     ) -> Vec<Vec<usize>> {
         let Entries::Sparse { top_k, .. } = self.entries else { return Vec::new() };
         let ended = Ended::of(self.rate, self.rate, s);

@@ -3,7 +3,6 @@
 use super::branches::Rows;
 use super::compression::Compressed;
 use super::inputs::{NsaInputs, NsaOutputs};
-use super::stream::NsaStream;
 use super::{Nsa, NsaGates};
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to, rows_together};
 use crate::routed::rows::heads_f32;
@@ -188,7 +187,7 @@ impl Attention for Nsa {
 
 impl Streaming for Nsa {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
-        NsaStream::start(*self, shape)
+        Ok(Box::new(self.stream(shape)?))
     }
 }
 
