@@ -75,7 +75,7 @@ impl Decision {
         Self { arrangement: Arrangement::ByResidue(residues), ..Self::new(mask) }
     }
 
-    /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
+    /// The pairs that `mask` sees, each row by its own list: for rows whose lists are short and different. Then a row's
     /// result depends on nothing but what it sees, to the last bit.
     pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
         Self { arrangement: Arrangement::Apart(1), ..Self::new(mask) }
@@ -91,7 +91,7 @@ impl Decision {
         &*self.mask
     }
 
-    /// Whether each row has its own short list of keys, so that rows are attended one by one.
+    /// Whether each row has its own short list of keys.
     pub fn rows_apart(&self) -> bool {
         matches!(self.arrangement, Arrangement::Apart(_))
     }

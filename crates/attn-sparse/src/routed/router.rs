@@ -4,8 +4,11 @@
 //! prefill, training and decoding:
 //!
 //! ```text
-//! for blocks of queries:   append their keys to the summary;   choose;   attend the chosen keys, each row by itself
+//! for blocks of queries:   append their keys to the summary;   choose;   attend the chosen keys
 //! ```
+//!
+//! Rows that list the same keys meet them side by side (`attn_flash`'s engine, cell of keys by cell of keys). Long sequences come
+//! in larger blocks of queries, so that keys far back still meet many rows at a time.
 //!
 //! What a row sees depends on nothing behind it, and its arithmetic on nothing but what it sees, so causality is strict to
 //! the last bit. Query `i` stands at position `p = i + n_kv - n_q`.

@@ -5,7 +5,9 @@ use std::ops::Range;
 
 /// Ranges that are held at a time: a batch of rows ends when it has so many, but not ...
 const RANGES: usize = 1 << 19;
-/// ... before it has so many rows.
+/// ... before it has so many for each cell, ...
+const RANGES_A_CELL: usize = 32;
+/// ... nor so many rows.
 const LEAST: usize = 32;
 
 /// A row that lists some keys of a cell.
@@ -42,9 +44,11 @@ impl Lists {
         self.ranges.clear();
         self.unsorted.clear();
         let shared = mask.is_shared_by(sequence, heads.clone());
+        let n_cells = n_kv.div_ceil(cell);
+        let most = RANGES.max(RANGES_A_CELL * n_cells);
         let mut end = rows.start;
         for row in rows.clone() {
-            if self.ranges.len() >= RANGES && (end - rows.start) * heads.len() >= LEAST {
+            if self.ranges.len() >= most && (end - rows.start) * heads.len() >= LEAST {
                 break;
             }
             for (at, head) in heads.clone().enumerate() {
@@ -66,7 +70,7 @@ impl Lists {
             }
             end = row + 1;
         }
-        self.sort(n_kv.div_ceil(cell));
+        self.sort(n_cells);
         rows.start..end
     }
 
