@@ -63,6 +63,7 @@ mod parts;
 mod patterns;
 mod picture;
 mod prefill;
+mod profile;
 mod registry;
 mod residues;
 mod routed;

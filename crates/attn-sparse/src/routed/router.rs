@@ -16,15 +16,16 @@
 use super::decided::Decided;
 use super::stream::RoutedStream;
 use crate::decider::{Decision, Work};
+use crate::profile::USUAL;
 use crate::{BlockMask, SparseAttention, heads};
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::registry::NamedTensor;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
-    check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, check_lse, softmax_flops,
+    softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
 use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
@@ -193,19 +194,7 @@ impl<R: Router> Attention for Routed<R> {
     }
 
     fn profile(&self) -> Profile {
-        Profile {
-            family: Family::Sparse,
-            target: self.router.target(),
-            causality: Causality::Strict,
-            convex: true,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
-            time: self.router.growth(),
-            memory: Growth::Linear,
-        }
+        Profile { target: self.router.target(), time: self.router.growth(), ..USUAL }
     }
 
     fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {

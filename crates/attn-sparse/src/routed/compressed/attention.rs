@@ -7,6 +7,7 @@ use super::pooling::Slots;
 use super::stream::CompressedStream;
 use super::{CompressedAttention, Entries};
 use crate::SharedMask;
+use crate::profile::USUAL;
 use crate::routed::index_inputs::{index_queries, series};
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
 use crate::routed::rows::heads_f32;
@@ -14,9 +15,9 @@ use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Head, Predicate};
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, View,
-    check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, View, check_lse,
+    softmax_flops, softmax_scale_or_default,
 };
 
 /// Queries whose choices exist at a time.
@@ -185,19 +186,7 @@ impl Attention for CompressedAttention {
     }
 
     fn profile(&self) -> Profile {
-        Profile {
-            family: Family::Sparse,
-            target: Target::Own,
-            causality: Causality::Strict,
-            convex: true,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
-            time: Growth::Quadratic,
-            memory: Growth::Linear,
-        }
+        Profile { target: Target::Own, time: Growth::Quadratic, ..USUAL }
     }
 
     fn cost(&self, s: &AttnShape, dtype: DType) -> Cost {

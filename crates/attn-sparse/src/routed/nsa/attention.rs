@@ -4,6 +4,7 @@ use super::branches::Rows;
 use super::compression::Compressed;
 use super::inputs::{NsaInputs, NsaOutputs};
 use super::{Nsa, NsaGates};
+use crate::profile::USUAL;
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to, rows_together};
 use crate::routed::rows::heads_f32;
 use crate::store::store;
@@ -11,9 +12,8 @@ use attn_core::exact::{Exact, Reference};
 use attn_core::mask::Mask;
 use attn_core::merge::gated_sum;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, View, softmax_flops,
-    softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    StreamShape, StreamState, Streaming, Target, TensorView, View, softmax_flops, softmax_scale_or_default,
 };
 use std::ops::Range;
 
@@ -91,18 +91,11 @@ impl Attention for Nsa {
 
     fn profile(&self) -> Profile {
         Profile {
-            family: Family::Sparse,
             target: Target::Own,
-            causality: Causality::Strict,
             // Before the first compressed block ends, its branch is 0.
             convex: false,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
             time: Growth::Quadratic,
-            memory: Growth::Linear,
+            ..USUAL
         }
     }
 

@@ -192,6 +192,9 @@ impl Router for InfLlmMemory {
                 series.ask(at.map(|at| &queries[at * width..][..width]), width);
                 series.settle(self, width);
             }
+            // A long prompt leaves no buffer of its own behind.
+            series.open.shrink_to(2 * series.open.len());
+            series.before.shrink_to(2 * series.before.len());
         }
     }
 

@@ -7,6 +7,9 @@ use attn_core::parallel::for_each_task;
 use attn_core::{AttnError, Result, StreamShape, TensorView};
 use std::fmt;
 
+/// Keys that are looked at together.
+const PIECE: usize = 4096;
+
 /// What a [`PageScorer`] keeps of the keys.
 pub struct PageNotes<S: PageScorer> {
     /// One a batch entry and key/value head.
@@ -22,6 +25,27 @@ pub(super) struct HeadNotes<K> {
     pub(super) notes: KeyPanels<f32>,
     /// Keys that are not noted yet.
     open: Vec<f32>,
+}
+
+impl<K> HeadNotes<K> {
+    /// Makes the sketch once there are keys enough, and then notes all complete pages.
+    fn note<S: PageScorer<Sketch = K>>(&mut self, scorer: &S, kv_head: usize, d: usize, note: &mut [f32]) {
+        let calibration = scorer.calibration_len() * d;
+        if self.sketch.is_none() && self.open.len() >= calibration {
+            self.sketch = Some(scorer.sketch(kv_head, &self.open[..calibration], d));
+        }
+        let Some(sketch) = &self.sketch else { return };
+        let page = (scorer.pages().page_len * d).max(1);
+        let complete = self.open.chunks_exact(page);
+        let rest = complete.remainder().len();
+        for page in complete {
+            scorer.note(sketch, page, note);
+            self.notes.push(note.iter().copied());
+        }
+        self.open.drain(..self.open.len() - rest);
+        // A long prompt leaves no buffer of its own behind.
+        self.open.shrink_to(page);
+    }
 }
 
 impl<S: PageScorer> fmt::Debug for PageNotes<S> {
@@ -52,28 +76,15 @@ impl<S: PageScorer> PageNotes<S> {
     }
 
     pub(super) fn append(&mut self, scorer: &S, k: &TensorView<'_>) {
-        let (n_heads, d, n) = (self.n_heads_kv, self.head_dim, k.shape()[2]);
-        let width = self.width;
+        let (n_heads, d, n, width) = (self.n_heads_kv, self.head_dim, k.shape()[2], self.width);
         for_each_task(
             self.heads.iter_mut().enumerate(),
             || vec![0.0; width],
             |note, (at, head)| {
-                head.open.extend(rows_f32(k, at / n_heads, at % n_heads, 0..n));
-                let calibration = scorer.calibration_len() * d;
-                if head.sketch.is_none() && head.open.len() >= calibration {
-                    head.sketch = Some(scorer.sketch(at % n_heads, &head.open[..calibration], d));
+                for first in (0..n).step_by(PIECE) {
+                    head.open.extend(rows_f32(k, at / n_heads, at % n_heads, first..(first + PIECE).min(n)));
+                    head.note(scorer, at % n_heads, d, note);
                 }
-                let Some(sketch) = &head.sketch else { return };
-                let page = (scorer.pages().page_len * d).max(1);
-                let complete = head.open.chunks_exact(page);
-                let rest = complete.remainder().len();
-                for page in complete {
-                    scorer.note(sketch, page, note);
-                    head.notes.push(note.iter().copied());
-                }
-                head.open.drain(..head.open.len() - rest);
-                // A long prompt leaves no buffer of its own behind.
-                head.open.shrink_to(page);
             },
         );
     }
