@@ -114,7 +114,7 @@ impl Builder {
     ///
     /// # Errors
     /// As [`Builder::from_rows`]; [`AttnError::Shape`] for another number of lists.
-    pub(crate) fn from_ascending(&self, rows: &[Vec<u32>]) -> Result<BlockMask> {
+    pub(crate) fn ascending_lists(&self, rows: &[Vec<u32>]) -> Result<BlockMask> {
         self.check()?;
         debug_assert!(self.inside.is_none() && rows.iter().all(|row| row.is_sorted()));
         let expected = self.batch * self.heads * self.n_rows();

@@ -86,7 +86,7 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
 /// Lists of single keys, `[batch, lists, rows]`, each ascending, for `lists` groups of query heads.
 pub(super) fn tokens(shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
     let builder = Builder::new(shape, BlockSizes::square(1)).per_batch().per_head(lists.max(1));
-    builder.from_ascending(chosen)
+    builder.ascending_lists(chosen)
 }
 
 impl Router for Dsa {
