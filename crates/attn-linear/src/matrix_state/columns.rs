@@ -8,15 +8,15 @@
 //! ```
 //!
 //! A head goes through a ring of places for groups of chunks. At any time some threads prepare groups, others take some
-//! columns each through the next group that is ready, see [`super::turns`]; the last columns to pass a group store what it has
-//! read. Every number is computed by the operations of one thread in their order: the bits are the same, whichever way is taken.
+//! columns each through the next group that is ready, see [`super::turns`]. Columns store what they have read, unless a back
+//! end wants all of it: then the last columns to pass a group do. Every number is computed by the operations of one thread in their order: the bits are the same, whichever way is taken.
 
 use super::Piece;
-use super::attend::{Ahead, On, pauses};
+use super::attend::{Ahead, Direct, On, pauses};
 use super::chunk::Chunk;
 use super::head::{self, Coming, HeadRows, Step, Widened};
 use super::options::{Decay, Options};
-use super::run::{Call, Workspace, store};
+use super::run::{Call, Store, Workspace, store};
 use super::scratch::{Prepared, Read, Working};
 use super::turns::{Job, Turns};
 use super::variant::{Plan, Reads};
@@ -98,8 +98,8 @@ struct Part {
 /// A head on its way.
 pub(super) struct Track<'a, 'b, E> {
     rows: &'b HeadRows<'a, E>,
-    /// The output's pieces, a group each.
-    outs: Vec<Mutex<RowsMut<'a, E>>>,
+    /// The output's pieces, a group each: every part's columns, or all of them for a back end.
+    outs: Vec<Vec<Mutex<RowsMut<'a, E>>>>,
     memory: Mutex<&'b mut [f32]>,
     parts: Vec<Mutex<Part>>,
     columns: Vec<Range<usize>>,
@@ -138,40 +138,29 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
             slots: RwLock::new((0..GROUP).map(|_| slot()).collect()),
             reads: parts.iter().map(|part| Mutex::new(Read::new(&part.options, GROUP * len))).collect(),
         };
+        let columns: Vec<_> = parts.iter().map(|part| part.columns.clone()).collect();
+        let whole = 0..o.value_dim;
+        let whole = std::slice::from_ref(&whole);
+        let cuts = if call.variant.finishes() { whole } else { &columns[..] };
         Self {
             rows,
-            outs: outs.map(Mutex::new).collect(),
+            outs: outs.map(|out| out.into_columns(cuts).map(Mutex::new).collect()).collect(),
             memory: Mutex::new(memory),
             places: (0..places(rayon::current_num_threads())).map(place).collect(),
-            columns: parts.iter().map(|part| part.columns.clone()).collect(),
+            columns,
             parts: parts.into_iter().map(Mutex::new).collect(),
         }
     }
 
     /// Puts a group of `steps` into a place.
-    fn prepare(
-        &self,
-        call: &Call<'_>,
-        isa: Isa,
-        [group, place]: [usize; 2],
-        steps: &[Step],
-        w: &mut Workspace<'a>,
-    ) {
+    fn prepare(&self, call: &Call<'_>, isa: Isa, place: usize, steps: &[Step], w: &mut Workspace<'a>) {
         let mut slots = self.places[place].slots.write().unwrap_or_else(PoisonError::into_inner);
-        let mut out = self.outs.get(group).map(lock);
-        let start = steps[0].tokens.start;
         for (at, (step, slot)) in steps.iter().zip(&mut *slots).enumerate() {
             let x = self.rows.tokens(isa, call.variant, call.sizes, step, &mut slot.wide);
             let pauses = step.tokens.len().div_ceil(MAX_LANES);
             let next = steps.get(at + 1);
             let mut next = next.map(|next| self.rows.ahead(next, pauses).with_values(0..0));
-            let mut stored = step.tokens.start - start..step.tokens.end - start;
-            let mut ahead = || {
-                next.iter_mut().for_each(Coming::fetch);
-                if let Some(out) = &mut out {
-                    stored.by_ref().take(MAX_LANES).for_each(|i| prefetch(out.row_mut(i)));
-                }
-            };
+            let mut ahead = || next.iter_mut().for_each(Coming::fetch);
             let Slot { chunk, prepared, .. } = slot;
             w.stages.prepare(call.variant, call.plan, &x, chunk, prepared, &mut ahead);
         }
@@ -182,7 +171,7 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         &self,
         call: &Call<'_>,
         isa: Isa,
-        [part, place]: [usize; 2],
+        [part, group, place]: [usize; 3],
         steps: &[Step],
         [next, coming]: [Option<&Step>; 2],
     ) {
@@ -191,6 +180,8 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         let (slots, mut read) =
             (place.slots.read().unwrap_or_else(PoisonError::into_inner), lock(&place.reads[part]));
         let Read { rows, norms } = &mut *read;
+        let finishes = call.variant.finishes();
+        let mut out = self.outs.get(group).filter(|_| !finishes).map(|parts| lock(&parts[part]));
         let mut first = 0;
         for (at, (step, slot)) in steps.iter().zip(&*slots).enumerate() {
             let x = self.rows.loaded(call.sizes, isa, step, &slot.wide);
@@ -202,17 +193,40 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
             let coming =
                 coming.filter(|_| last).map(|coming| self.rows.ahead(coming, pauses).with_values(0..0));
             let mut both = [next, coming];
-            let mut ahead = || both.iter_mut().flatten().for_each(Coming::fetch);
             let tokens = first..first + step.tokens.len();
+            let (mut these, mut later) = match &mut out {
+                Some(out) => {
+                    let all = out.len();
+                    let (these, later) = out.rows_mut(first..all).split_at(tokens.len());
+                    (Some(these), Some(later))
+                }
+                None => (None, None),
+            };
+            let mut stored = 0..later.as_ref().map_or(0, |later| later.len().min(tokens.len()));
+            let mut ahead = || {
+                both.iter_mut().flatten().for_each(Coming::fetch);
+                if let Some(later) = &mut later {
+                    let some = tokens.len().div_ceil(pauses);
+                    stored.by_ref().take(some).for_each(|i| prefetch(later.row_mut(i)));
+                }
+            };
+            let direct = these.as_mut().and_then(|these| call.direct(these));
+            let stored_directly = direct.is_some();
             let norms = if o.norm { &mut norms[tokens.clone()] } else { &mut [][..] };
             let to = [&mut rows[tokens.start * o.value_dim..tokens.end * o.value_dim], norms];
             let (prepared, first_column) = (&slot.prepared, columns.start);
-            isa.run(Through { chunk, prepared, o, first_column, state, work, to, ahead: &mut ahead });
+            let ahead = &mut ahead;
+            isa.run(Through { chunk, prepared, o, first_column, state, work, to, direct, ahead });
+            if let Some(out) = these.as_mut().filter(|_| !stored_directly) {
+                let rows = &rows[tokens.start * o.value_dim..tokens.end * o.value_dim];
+                let reads = Reads { rows, norms: &[], scale: o.scale };
+                isa.run(Store { reads, rows: 0..tokens.len(), out });
+            }
             first = tokens.end;
         }
     }
 
-    /// Stores what a group has read.
+    /// Stores what a group has read behind the back end.
     fn store(
         &self,
         call: &Call<'_>,
@@ -221,17 +235,11 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         steps: &[Step],
         w: &mut Workspace<'a>,
     ) {
-        let Some(out) = self.outs.get(group) else { return };
-        let (mut out, place) = (lock(out), &self.places[place]);
+        let Some(out) = self.outs.get(group).filter(|_| call.variant.finishes()) else { return };
+        let (mut out, place) = (lock(&out[0]), &self.places[place]);
         let slots = place.slots.read().unwrap_or_else(PoisonError::into_inner);
         let reads: Vec<_> = place.reads.iter().map(lock).collect();
         let o = call.plan.stages[0];
-        if !call.variant.finishes() {
-            let parts =
-                reads.iter().zip(&self.columns).map(|(read, columns)| (columns.clone(), &read.rows[..]));
-            let parts: Vec<_> = parts.collect();
-            return isa.run(Join { parts: &parts, scale: o.scale, out: &mut out });
-        }
         let start = steps[0].tokens.start;
         for (step, slot) in steps.iter().zip(&*slots).filter(|(step, _)| !step.tokens.is_empty()) {
             let tokens = step.tokens.start - start..step.tokens.end - start;
@@ -273,13 +281,11 @@ pub(super) fn run<'a, E: Element>(call: &Call<'_>, isa: Isa, steps: &[Step], tra
     let start = || call.workspace(E::DTYPE);
     for_each_task(0..threads, start, |w, _| {
         turns.work(|job| match job {
-            Job::Prepare { track, group, place } => {
-                tracks[track].prepare(call, isa, [group, place], groups[group], w)
-            }
+            Job::Prepare { track, group, place } => tracks[track].prepare(call, isa, place, groups[group], w),
             Job::Pass { track, group, place, part, coming } => {
                 let first = |group: usize| groups.get(group).map(|steps| &steps[0]);
                 let next = [first(group + 1), first(coming)];
-                tracks[track].pass(call, isa, [part, place], groups[group], next);
+                tracks[track].pass(call, isa, [part, group, place], groups[group], next);
             }
             Job::Store { track, group, place } => {
                 tracks[track].store(call, isa, [group, place], groups[group], w);
@@ -298,6 +304,7 @@ struct Through<'a> {
     state: &'a mut [f32],
     work: &'a mut Working,
     to: [&'a mut [f32]; 2],
+    direct: Option<Direct<'a>>,
     ahead: Ahead<'a>,
 }
 
@@ -306,34 +313,10 @@ impl SimdOp for Through<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, prepared, o, first_column, state, work, to, ahead } = self;
+        let Self { chunk, prepared, o, first_column, state, work, to, direct, ahead } = self;
         let all_columns = chunk.v.len() / chunk.writes.max(1);
         let values = chunk.values(all_columns.max(1)).columns_after(first_column);
         let on = On { o, chunk: &chunk, values, prepared };
-        on.run(simd, state, work, to, head::Wanted::Reads, ahead);
-    }
-}
-
-/// What parts have read, side by side, scaled, rounded and stored.
-struct Join<'a, 'o, E> {
-    /// Columns, and `[tokens, columns]`.
-    parts: &'a [(Range<usize>, &'a [f32])],
-    scale: f32,
-    out: &'a mut RowsMut<'o, E>,
-}
-
-impl<E: Element> SimdOp for Join<'_, '_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, _: S) {
-        let Self { parts, scale, out } = self;
-        for i in 0..out.len() {
-            let row = out.row_mut(i);
-            for (columns, reads) in parts {
-                let read = &reads[i * columns.len()..][..columns.len()];
-                row[columns.clone()].iter_mut().zip(read).for_each(|(o, x)| *o = E::store(scale * x));
-            }
-        }
+        on.run(simd, state, work, to, direct, head::Wanted::Reads, ahead);
     }
 }

@@ -181,11 +181,11 @@ impl SimdOp for Descend<'_> {
                 return;
             }
             let queries = Piece { q: directions, ..piece };
-            prepare(simd, &queries, matrix, Wanted::Reads, &mut || {});
+            prepare(simd, &queries, matrix, Wanted::Reads, false, &mut || {});
             let Scratch { options, prepared, work, read: to, .. } = &mut *matrix;
             let values = queries.values(options.value_dim);
             let on = On { o: options, chunk: &queries, values, prepared };
-            read(simd, &on, h, work, [&mut to.rows, &mut to.norms], &mut || {});
+            read(simd, &on, h, work, [&mut to.rows, &mut to.norms], None, &mut || {});
             let rows = x.chunks_exact_mut(n).zip(residuals.chunks_exact_mut(n));
             let rows = rows.zip(directions.chunks_exact_mut(n)).zip(to.rows.chunks_exact_mut(n));
             for (i, (((x, r), p), product)) in rows.enumerate() {

@@ -1,6 +1,6 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
-use super::attend::pauses;
+use super::attend::{Direct, pauses};
 use super::columns::{self, GROUP, Track};
 use super::head::{HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
@@ -186,6 +186,13 @@ impl Call<'_> {
         }
     }
 
+    /// Rows that may take what is read as it is: without a back end, and where they are f32.
+    pub(super) fn direct<'o, E: Element>(&self, rows: &'o mut RowsMut<'_, E>) -> Option<Direct<'o>> {
+        let o = self.plan.stages.last()?;
+        let rows = rows.as_f32().filter(|_| Direct::takes(o) && !self.variant.finishes())?;
+        Some(Direct { rows, scale: o.scale })
+    }
+
     pub(super) fn workspace<'w>(&self, dtype: DType) -> Workspace<'w> {
         Workspace::new(self.plan, self.sizes, dtype)
     }
@@ -229,7 +236,7 @@ impl Apart {
                 let x = head.rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
                 let wanted = Wanted::Reads;
                 let (reads, chunk) =
-                    w.stages.run(call.variant, call.plan, &x, head.memory, wanted, &mut || {});
+                    w.stages.run(call.variant, call.plan, &x, head.memory, wanted, None, &mut || {});
                 store(call, isa, &x, chunk, reads, &mut w.out, 0..step.tokens.len(), out);
             }
         }
@@ -302,18 +309,27 @@ impl<'a, E: Element> Head<'a, E> {
                 out = outs.next();
             }
             let tokens = step.tokens.start - first..step.tokens.end - first;
-            let mut these = tokens.clone();
+            let (mut these, mut later) = match &mut out {
+                Some(out) => {
+                    let rows = out.len();
+                    let (these, later) = out.rows_mut(tokens.start.min(rows)..rows).split_at(tokens.len());
+                    (Some(these), Some(later))
+                }
+                None => (None, None),
+            };
+            let mut coming = 0..later.as_ref().map_or(0, |later| later.len().min(len));
             let mut ahead = || {
                 if let Some(next) = &mut next {
                     next.fetch();
                 }
-                if let Some(out) = &mut out {
-                    these.by_ref().take(len.div_ceil(parts)).for_each(|i| prefetch(out.row_mut(i)));
+                if let Some(later) = &mut later {
+                    coming.by_ref().take(len.div_ceil(parts)).for_each(|i| prefetch(later.row_mut(i)));
                 }
             };
-            let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, &mut ahead);
-            if let Some(out) = out.as_mut().filter(|_| !tokens.is_empty()) {
-                store(call, isa, &x, chunk, reads, &mut w.out, tokens, out);
+            let direct = these.as_mut().and_then(|these| call.direct(these));
+            let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, direct, &mut ahead);
+            if let Some(out) = these.as_mut().filter(|_| !reads.rows.is_empty()) {
+                store(call, isa, &x, chunk, reads, &mut w.out, 0..tokens.len(), out);
             }
         }
     }
@@ -340,10 +356,10 @@ pub(super) fn store<E: Element>(
 }
 
 /// Scales, rounds and stores what some rows have read.
-struct Store<'a, 'o, E> {
-    reads: Reads<'a>,
-    rows: Range<usize>,
-    out: &'a mut RowsMut<'o, E>,
+pub(super) struct Store<'a, 'o, E> {
+    pub(super) reads: Reads<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) out: &'a mut RowsMut<'o, E>,
 }
 
 impl<E: Element> SimdOp for Store<'_, '_, E> {
