@@ -27,7 +27,7 @@ use super::solve::solve;
 use super::write::write;
 use super::{Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{MAX_LANES, Rhs, all_finite};
+use attn_core::tile::{MAX_LANES, Rhs, Start, all_finite};
 use attn_core::view::RowsMut;
 
 /// What a chunk does between its products: it asks for memory that is needed later. A burst of such requests would hold up
@@ -107,7 +107,7 @@ impl On<'_> {
         if wanted.reads() {
             read(simd, self, state, work, to, direct, ahead);
         }
-        write(simd, self, state, work, ahead);
+        write(simd, self, state, work, Start::Keep, ahead);
     }
 
     /// What is written: `U` of the tied erase, else the values.

@@ -190,7 +190,7 @@ impl<V: StateVariant> Attention for StateAttention<V> {
         let (o, chunks) = (&plan.stages[0], shape.n_q / chunk_len(&plan, &sizes));
         let left = columns::left_over(o, heads as usize, chunks, threads).filter(|_| columns::fit(&plan));
         let (threads, window) = match left {
-            Some((left, _)) => (threads as u64, left as u64 * columns::bytes(o, threads)),
+            Some(left) => (threads as u64, left.bytes(o, threads)),
             None => (heads.min(threads as u64), 0),
         };
         let allocated =

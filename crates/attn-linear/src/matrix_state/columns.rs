@@ -14,24 +14,48 @@
 use super::Piece;
 use super::attend::{Ahead, Direct, On, pauses};
 use super::chunk::Chunk;
-use super::head::{self, Coming, HeadRows, Step, Widened};
-use super::options::{Decay, Options};
+use super::head::{self, Coming, HeadRows, Step};
+use super::options::{Decay, Erase, Options};
 use super::run::{Call, Store, Workspace, store};
 use super::scratch::{Prepared, Read, Working};
+use super::sums::{self, Slot};
 use super::turns::{Job, Turns};
 use super::variant::{Plan, Reads};
+use attn_core::Element;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use attn_core::tile::{MAX_LANES, prefetch};
 use attn_core::view::RowsMut;
-use attn_core::{DType, Element};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Chunks that are prepared together, and whose output is one piece.
-pub(super) const GROUP: usize = 4;
+const GROUP: usize = 4;
 /// From so many chunks a thread on it is worth while.
 const MIN_CHUNKS: usize = 4 * GROUP;
+
+/// How heads that are left over are done.
+#[derive(Clone, Copy)]
+pub(super) struct Left {
+    pub(super) heads: usize,
+    /// Parts of the columns; none where groups of chunks are done apart, see [`super::sums`].
+    pub(super) parts: Option<usize>,
+}
+
+impl Left {
+    /// Chunks whose output is one piece.
+    pub(super) fn group(self) -> usize {
+        if self.parts.is_some() { GROUP } else { sums::GROUP }
+    }
+
+    /// Bytes that this takes.
+    pub(super) fn bytes(self, o: &Options, threads: usize) -> u64 {
+        match self.parts {
+            Some(_) => self.heads as u64 * bytes(o, threads),
+            None => threads as u64 * sums::bytes(o),
+        }
+    }
+}
 
 /// Whether this plan's chunks can be prepared without what is remembered, and columns done apart.
 pub(super) fn fit(plan: &Plan) -> bool {
@@ -43,18 +67,21 @@ pub(super) fn fit(plan: &Plan) -> bool {
         && o.chunk_len > super::RECURRENT_LEN
 }
 
-/// How many of so many heads are left over once every thread has had as many as the others, if their columns are to be done
-/// apart, and in how many parts each.
-pub(super) fn left_over(o: &Options, heads: usize, chunks: usize, threads: usize) -> Option<(usize, usize)> {
+/// The heads that are left over once every thread has had as many as the others, if their chunks or columns are to be done
+/// apart.
+pub(super) fn left_over(o: &Options, heads: usize, chunks: usize, threads: usize) -> Option<Left> {
     let left = heads.checked_rem(threads)?;
     if left == 0 || heads >= 4 * threads || chunks < MIN_CHUNKS * threads {
         return None;
+    }
+    if o.erase == Erase::None {
+        return Some(Left { heads: left, parts: None });
     }
     let most = o.value_dim.div_ceil(MAX_LANES).min(threads);
     // The rounds that the parts take, as a share of what as many whole heads would take.
     let rounds = |parts: usize| (left * parts).div_ceil(threads) as f64 / parts as f64;
     let parts = (1..=most).min_by(|a, b| rounds(*a).total_cmp(&rounds(*b)))?;
-    (parts > 1).then_some((left, parts))
+    (parts > 1).then_some(Left { heads: left, parts: Some(parts) })
 }
 
 /// Places of a head's ring.
@@ -63,7 +90,7 @@ fn places(threads: usize) -> usize {
 }
 
 /// Bytes of a head's ring and parts.
-pub(super) fn bytes(o: &Options, threads: usize) -> u64 {
+fn bytes(o: &Options, threads: usize) -> u64 {
     let len = o.chunk_len;
     let chunk = Prepared::bytes(o, len) + 4 * Chunk::floats(o, len) + Read::bytes(o, len);
     (places(threads) * GROUP * chunk + Working::bytes(o, len) + 4 * o.state_len()) as u64
@@ -71,13 +98,6 @@ pub(super) fn bytes(o: &Options, threads: usize) -> u64 {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A chunk on its way.
-struct Slot<'a> {
-    chunk: Chunk,
-    prepared: Prepared,
-    wide: Widened<'a>,
 }
 
 /// A place for a group of chunks, and what every part reads of it.
@@ -111,7 +131,7 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
     pub(super) fn new(
         call: &Call<'_>,
         rows: &'b HeadRows<'a, E>,
-        outs: impl Iterator<Item = RowsMut<'a, E>>,
+        outs: Vec<RowsMut<'a, E>>,
         memory: &'b mut [f32],
         parts: usize,
     ) -> Self {
@@ -129,13 +149,8 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
             Part { columns, options, state, work: Working::new(&options, len) }
         };
         let parts: Vec<Part> = (0..parts).map(part).collect();
-        let slot = || Slot {
-            chunk: Chunk::new(&o, len),
-            prepared: Prepared::new(&o, len),
-            wide: Widened::new(call.plan, call.sizes, E::DTYPE != DType::F32),
-        };
         let place = |_| Place {
-            slots: RwLock::new((0..GROUP).map(|_| slot()).collect()),
+            slots: RwLock::new((0..GROUP).map(|_| Slot::new::<E>(call, len)).collect()),
             reads: parts.iter().map(|part| Mutex::new(Read::new(&part.options, GROUP * len))).collect(),
         };
         let columns: Vec<_> = parts.iter().map(|part| part.columns.clone()).collect();
@@ -144,7 +159,7 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         let cuts = if call.variant.finishes() { whole } else { &columns[..] };
         Self {
             rows,
-            outs: outs.map(|out| out.into_columns(cuts).map(Mutex::new).collect()).collect(),
+            outs: outs.into_iter().map(|out| out.into_columns(cuts).map(Mutex::new).collect()).collect(),
             memory: Mutex::new(memory),
             places: (0..places(rayon::current_num_threads())).map(place).collect(),
             columns,

@@ -45,6 +45,7 @@ mod scores;
 mod scratch;
 mod solve;
 mod step;
+mod sums;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
 use super::attend::{Direct, pauses};
-use super::columns::{self, GROUP, Track};
+use super::columns::{self, Left, Track};
 use super::head::{HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
+use super::sums;
 use super::variant::{AnyVariant, Plan, Reads, Tokens};
 use super::{Chunk, RECURRENT_LEN};
 use attn_core::parallel::for_each_task;
@@ -155,7 +156,7 @@ impl Call<'_> {
         let mut tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
         let start = || self.workspace(E::DTYPE);
-        let mut left = tasks.split_off(tasks.len() - apart.heads.min(tasks.len()));
+        let mut left = tasks.split_off(tasks.len() - apart.left.heads.min(tasks.len()));
         if tasks.is_empty() {
         } else if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
             let mut workspace = start();
@@ -171,7 +172,7 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
-    /// The heads that are left over, if their columns are to be done apart.
+    /// The heads that are left over, if their chunks or columns are to be done apart.
     fn apart(&self) -> Apart {
         let Self { sizes, plan, .. } = *self;
         let len = chunk_len(plan, sizes);
@@ -179,10 +180,8 @@ impl Call<'_> {
         let fit = columns::fit(plan) && self.cuts.len() == 1 && blind(plan, sizes.tokens, sizes.keys) == 0;
         let left = columns::left_over(&plan.stages[0], heads, sizes.tokens / len, threads);
         match left.filter(|_| fit && len > RECURRENT_LEN) {
-            Some((heads, parts)) => {
-                Apart { steps: steps(plan, len, sizes.tokens, sizes.keys).collect(), heads, parts }
-            }
-            None => Apart::default(),
+            Some(left) => Apart { steps: steps(plan, len, sizes.tokens, sizes.keys).collect(), left },
+            None => Apart { steps: Vec::new(), left: Left { heads: 0, parts: None } },
         }
     }
 
@@ -198,12 +197,10 @@ impl Call<'_> {
     }
 }
 
-/// Heads whose columns are done apart, the last ones.
-#[derive(Default)]
+/// Heads whose chunks or columns are done apart, the last ones.
 struct Apart {
     steps: Vec<Step>,
-    heads: usize,
-    parts: usize,
+    left: Left,
 }
 
 impl Apart {
@@ -216,7 +213,7 @@ impl Apart {
     /// The tokens of groups of steps, and those of a last step that is too short.
     fn groups(&self) -> Vec<Range<usize>> {
         let (long, short) = self.long();
-        long.chunks(GROUP)
+        long.chunks(self.left.group())
             .chain(short.chunks(1))
             .map(|steps| steps[0].tokens.start..steps[steps.len() - 1].tokens.end)
             .collect()
@@ -224,12 +221,21 @@ impl Apart {
 
     fn run<'a, E: Element>(&self, call: &Call<'_>, isa: Isa, heads: &mut [Head<'a, E>]) {
         let (long, short) = self.long();
-        let groups = long.len().div_ceil(GROUP);
-        let tracks = heads.iter_mut().map(|head| {
-            let outs = head.outs.drain(..groups.min(head.outs.len()));
-            Track::new(call, &head.rows, outs, head.memory, self.parts)
+        let groups = long.len().div_ceil(self.left.group());
+        let heads_and_outs = heads.iter_mut().map(|head| {
+            let outs: Vec<_> = head.outs.drain(..groups.min(head.outs.len())).collect();
+            (&head.rows, outs, &mut *head.memory)
         });
-        columns::run(call, isa, long, tracks.collect());
+        match self.left.parts {
+            Some(parts) => {
+                let track = |(rows, outs, memory)| Track::new(call, rows, outs, memory, parts);
+                columns::run(call, isa, long, heads_and_outs.map(track).collect());
+            }
+            None => {
+                let track = |(rows, outs, memory)| (sums::Track::new(rows, memory), outs);
+                sums::run(call, isa, long, heads_and_outs.map(track).collect());
+            }
+        }
         for head in heads {
             for (step, out) in short.iter().zip(&mut head.outs) {
                 let mut w = call.workspace(E::DTYPE);
