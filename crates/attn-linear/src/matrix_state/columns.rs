@@ -30,9 +30,9 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Chunks that are prepared together, and whose output is one piece.
-const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// From so many chunks a thread on it is worth while.
-const MIN_CHUNKS: usize = 4 * GROUP;
+const MIN_CHUNKS: usize = 16;
 
 /// How heads that are left over are done.
 #[derive(Clone, Copy)]
