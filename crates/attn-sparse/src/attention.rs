@@ -3,12 +3,13 @@
 use crate::attend::Call;
 use crate::decider::{Decider, Decision};
 use crate::memory::RememberingStream;
+use crate::profile::USUAL;
 use crate::score_rule::{Reads, ScoreRule, SharedScoreMod};
 use attn_core::exact::{Exact, Reference};
 use attn_core::score::{BiasIndex, Unchanged};
 use attn_core::{
-    Attention, AttnError, AttnShape, Cost, DType, Differentiable, Family, OutMut, Profile, Qkv, QkvGrads,
-    Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, softmax_flops,
+    Attention, AttnError, AttnShape, Cost, DType, Differentiable, OutMut, Profile, Qkv, QkvGrads, Result,
+    Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, softmax_flops,
     softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
@@ -206,17 +207,14 @@ impl<D: Decider> Attention for SparseAttention<D> {
     fn profile(&self) -> Profile {
         let promises = self.decider.promises();
         Profile {
-            family: Family::Sparse,
             target: if self.is_plain() { Target::SoftmaxOverChosen } else { Target::Own },
             causality: promises.causality,
             convex: self.sinks.is_none(),
             key_order_free: promises.key_order_free && self.score_rule.is_none(),
             cross_lengths: promises.cross_lengths,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
             time: promises.time,
             memory: promises.memory,
+            ..USUAL
         }
     }
 

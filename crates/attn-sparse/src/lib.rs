@@ -2,6 +2,7 @@
 //!
 //! | variant | a query at position `p` sees |
 //! |---|---|
+//! | [`ArkVale`] | the pages of keys whose enclosing volumes promise the largest scores |
 //! | [`Axial`] | lines of a grid through it |
 //! | [`BidirectionalSpans`] | keys up to itself, and all of its own span |
 //! | [`BigBird`] | blocks: neighbours, first and last, random ones |
@@ -11,6 +12,7 @@
 //! | [`CompressedAttention`] | its window, and entries that stand for many tokens: all, or those an indexer chooses |
 //! | [`DilatedWindow`] | every `dilation`-th key near it |
 //! | [`Documents`] | its own document |
+//! | [`DoubleSparsity`] | the tokens whose products over a few channels are largest |
 //! | [`Dsa`] | the tokens that a lightning indexer scores highest |
 //! | [`ExactTopK`] | the `k` keys of largest score, exactly |
 //! | [`FixedAttention`] | its own block and the last keys of the blocks before (Sparse Transformer) |
@@ -18,7 +20,9 @@
 //! | [`FlexPrefill`] | columns and diagonals of blocks, or blocks by their means, by head |
 //! | [`KvEviction`] | what a policy has not evicted yet: H2O, SnapKV, TOVA, StreamingLLM, key norms, ... |
 //! | [`InfLlm`] | blocks by the probabilities of mean keys, first and last blocks |
+//! | [`InfLlmMemory`] | the blocks whose representative keys fit best, first and last blocks |
 //! | [`LocalBuckets`] | its own bucket of positions and the neighbouring ones |
+//! | [`Loki`] | the tokens whose products along the keys' principal axes are largest |
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
 //! | [`MInferenceBlockSparse`] | the best blocks by the means of blocks |
@@ -59,6 +63,7 @@ mod parts;
 mod patterns;
 mod picture;
 mod prefill;
+mod profile;
 mod registry;
 mod residues;
 mod routed;
@@ -66,6 +71,7 @@ mod score_rule;
 mod scores;
 pub mod select;
 mod sorted;
+mod store;
 
 pub use attention::{BiasGrad, SparseAttention, SparseGrads};
 pub use block_mask::{
@@ -93,9 +99,11 @@ pub use prefill::{
 pub use registry::registry;
 pub use residues::{Class, Residues};
 pub use routed::{
-    BlockIndexer, BlockIndexerInputs, ChunkMeans, CompressedAttention, CompressedGrads, CompressedInputs,
-    CompressedKv, CompressedOutputs, Decided, Dsa, DsaInputs, Entries, EntryIndexer, EntryPooling, IndexKeys,
-    InfLlm, KeyMeans, Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, Routed, Router,
+    ArkVale, BlockIndexer, BlockIndexerInputs, BlockIndexerStream, ChunkMeans, CompressedAttention,
+    CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedKv, CompressedOutputs, Decided,
+    DoubleSparsity, Dsa, DsaInputs, DsaStream, Entries, EntryIndexer, EntryPooling, IndexKeys, IndexTarget,
+    IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs,
+    NsaOutputs, NsaStream, PageNotes, PageScorer, Pages, Representatives, Routed, Router, Volume,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{

@@ -1,8 +1,10 @@
-//! Masks as pictures: SVG, queries downwards, keys to the right.
+//! Masks as pictures: SVG or PNG, queries downwards, keys to the right.
 //!
 //! A cell is a tile of pairs: white where none is seen, dark where all are, and between these by the share that is seen.
 //! Long sequences are drawn with cells of many pairs; where a mask does not know how much of a cell it sees, some pairs of it
 //! are asked.
+
+mod png;
 
 use crate::block_mask::BlockMask;
 use attn_core::mask::{Cover, Head, Mask};
@@ -59,7 +61,29 @@ impl<'a> Picture<'a> {
         self.draw(mask, mask.shape(), [mask.sizes().q, mask.sizes().kv])
     }
 
-    fn draw(&self, mask: &dyn Mask, shape: &AttnShape, least: [usize; 2]) -> Result<String> {
+    /// The grid alone as a PNG file, cells as in [`Picture::svg`]: no title, no axes.
+    ///
+    /// # Errors
+    /// As [`Picture::svg`]; [`AttnError::Value`] for a problem without queries or keys, of which there is no such file.
+    pub fn png(&self, mask: &dyn Mask, shape: &AttnShape) -> Result<Vec<u8>> {
+        let [rows, keys] = self.cells(mask, shape, [1, 1])?;
+        if shape.n_q == 0 || shape.n_kv == 0 {
+            let found = format!("{} queries and {} keys", shape.n_q, shape.n_kv);
+            return Err(AttnError::value("a picture", found, "at least one of both"));
+        }
+        let row = |first: usize| -> Vec<u8> {
+            let of_queries = first..(first + rows).min(shape.n_q);
+            let cell =
+                |first: usize| share(mask, self.head, &of_queries, &(first..(first + keys).min(shape.n_kv)));
+            (0..shape.n_kv).step_by(keys).map(|first| png::index_of(cell(first))).collect()
+        };
+        let grid: Vec<Vec<u8>> = (0..shape.n_q).step_by(rows).map(row).collect();
+        let longer = grid.len().max(grid[0].len());
+        Ok(png::encode(&grid, (SIDE as usize / longer).max(1)))
+    }
+
+    /// Rows and keys of a cell.
+    fn cells(&self, mask: &dyn Mask, shape: &AttnShape, least: [usize; 2]) -> Result<[usize; 2]> {
         let head = self.head;
         if head.batch >= shape.batch || head.head >= shape.n_heads_q {
             let expected = format!("below batch {} and head {}", shape.batch, shape.n_heads_q);
@@ -69,9 +93,13 @@ impl<'a> Picture<'a> {
             return Err(AttnError::value("max_cells", 0, "at least 1"));
         }
         mask.check(shape)?;
-        let (n_q, n_kv) = (shape.n_q, shape.n_kv);
         let size = |n: usize, least: usize| n.div_ceil(self.max_cells).max(1).next_multiple_of(least.max(1));
-        let [rows, keys] = [size(n_q, least[0]), size(n_kv, least[1])];
+        Ok([size(shape.n_q, least[0]), size(shape.n_kv, least[1])])
+    }
+
+    fn draw(&self, mask: &dyn Mask, shape: &AttnShape, least: [usize; 2]) -> Result<String> {
+        let (head, [rows, keys]) = (self.head, self.cells(mask, shape, least)?);
+        let (n_q, n_kv) = (shape.n_q, shape.n_kv);
         let pixel = SIDE / n_q.max(n_kv).max(1) as f64;
         let (width, height) = ((n_kv as f64 * pixel).max(8.0), (n_q as f64 * pixel).max(8.0));
 

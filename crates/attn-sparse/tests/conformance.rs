@@ -1,5 +1,7 @@
 //! Every registered variant keeps its promises.
 
+mod registry;
+
 use attn_core::registry::Options;
 use attn_testkit::conformance;
 

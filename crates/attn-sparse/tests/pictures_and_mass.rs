@@ -71,6 +71,51 @@ fn blocks_are_cells() {
     assert_eq!(cells.len(), 4 + 3);
 }
 
+/// Colours of a PNG's pixels as numbers of its palette, `[height][width]`; its data are stored, not compressed.
+fn pixels(png: &[u8]) -> Vec<Vec<u8>> {
+    let number = |at: usize| u32::from_be_bytes(png[at..at + 4].try_into().unwrap()) as usize;
+    assert_eq!(&png[..8], b"\x89PNG\r\n\x1a\n");
+    let (width, height) = (number(16), number(20));
+    let (mut at, mut stream) = (8, Vec::new());
+    while at < png.len() {
+        if &png[at + 4..at + 8] == b"IDAT" {
+            stream.extend_from_slice(&png[at + 8..at + 8 + number(at)]);
+        }
+        at += 12 + number(at);
+    }
+    let (mut at, mut lines) = (2, Vec::new());
+    loop {
+        let len = usize::from(u16::from_le_bytes([stream[at + 1], stream[at + 2]]));
+        lines.extend_from_slice(&stream[at + 5..at + 5 + len]);
+        if stream[at] == 1 {
+            break;
+        }
+        at += 5 + len;
+    }
+    let line = 1 + width.div_ceil(2);
+    assert_eq!(lines.len(), line * height);
+    let row = |line: &[u8]| line[1..].iter().flat_map(|pair| [pair >> 4, pair & 15]).take(width).collect();
+    lines.chunks_exact(line).map(row).collect()
+}
+
+#[test]
+fn the_same_cells_are_drawn_as_pixels() {
+    let (shape, causal) = causal(40);
+    let pixels_of = |max_cells: usize| {
+        pixels(&Picture { max_cells, ..Picture::new("") }.png(&causal as &dyn Mask, &shape).unwrap())
+    };
+    let pixels = pixels_of(256);
+    // Twelve pixels a pair.
+    assert_eq!((pixels.len(), pixels[0].len()), (480, 480));
+    for (y, row) in pixels.iter().enumerate() {
+        for (x, colour) in row.iter().enumerate() {
+            assert_eq!(*colour, if x / 12 <= y / 12 { 11 } else { 0 }, "{x}, {y}");
+        }
+    }
+    let pixels = pixels_of(4);
+    assert_eq!((pixels[0][0], pixels[0][511], pixels[511][0]), (6, 0, 11), "half of a cell on the diagonal");
+}
+
 #[test]
 fn what_cannot_be_drawn_is_refused() {
     let (shape, causal) = causal(8);
@@ -81,6 +126,7 @@ fn what_cannot_be_drawn_is_refused() {
     assert!(no_head.to_string().contains("head"), "{no_head}");
     let nothing = AttnShape { n_q: 0, ..shape };
     assert!(Picture::new("").svg(&SeeAll, &nothing).unwrap().ends_with("</svg>\n"));
+    assert!(Picture::new("").png(&SeeAll, &nothing).unwrap_err().to_string().contains("0 queries"));
 }
 
 /// Scores of the only query: `ln` of the given weights.

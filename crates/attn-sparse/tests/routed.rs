@@ -5,5 +5,8 @@ mod routed {
     mod compressed;
     mod golden;
     mod nsa;
+    mod pages;
     mod promises;
+    mod streams;
+    mod training;
 }

@@ -21,7 +21,7 @@ use super::native_bf16::NativeBf16;
 use super::panel::Panel;
 use super::problem::Problem;
 use super::tasks::Task;
-use super::tile::{KeyRowsOf, Keys, Tile, TileScratch};
+use super::tile::{KeyRowsOf, Keys, Tile, TileScratch, turns};
 use crate::tiles::{PANEL, TileSizes};
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
@@ -132,7 +132,9 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                 let chunks = Chunks::new(&spans, tiles.block_kv(), SHORT);
                 for (c, ranges) in chunks.iter().enumerate() {
                     let next = chunks.get(c + 1).filter(|_| ready);
-                    let mut ahead = Ahead::new(next, [&k_rows, &v_rows]);
+                    let n_keys = ranges.iter().map(Range::len).sum();
+                    let n_turns = company.len() * turns(n_keys, shape.head_dim_v);
+                    let mut ahead = Ahead::new(next, [&k_rows, &v_rows], n_turns);
                     key_scale.clear();
                     let packed = native
                         .as_mut()
@@ -144,7 +146,6 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> SimdOp for QueryBlock<'_, M, C> {
                         }
                     };
                     if let (Some(norm), KeyRowsOf::Wide { k, .. }) = (&spec.qk_norm, &rows) {
-                        let n_keys = ranges.iter().map(Range::len).sum();
                         key_scale.extend((0..n_keys).map(|key| norm.k().factor(k.row(key, shape.head_dim))));
                     }
                     for p in company.clone() {

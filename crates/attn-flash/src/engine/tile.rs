@@ -18,7 +18,12 @@ use std::ops::Range;
 /// Keys whose cover is asked together inside a partial tile: the smaller, the fewer pairs are asked one by one.
 const MASK_STEP: usize = 32;
 /// Rows of a product between which rows of the next chunk are asked for: whole register tiles.
-const STEP: usize = 24;
+const STEP: usize = 16;
+
+/// Times that [`Ahead::ask`] is called while a panel attends to some keys.
+pub(super) fn turns(n_keys: usize, head_dim_v: usize) -> usize {
+    n_keys.div_ceil(STEP) + head_dim_v.div_ceil(STEP)
+}
 
 /// The keys and values of a chunk.
 pub(super) enum KeyRowsOf<'a> {
@@ -147,7 +152,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         let mut sought = Sought::first(simd);
         let hidden = loop {
             for first in (0..n_keys).step_by(STEP) {
-                scratch.ahead.ask(0, STEP);
+                scratch.ahead.ask();
                 let n = STEP.min(n_keys - first);
                 product(
                     simd,
@@ -181,7 +186,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Tile<'_, M, C> {
         } else {
             let [width, lanes, n_keys] = size;
             for first in (0..width).step_by(STEP) {
-                scratch.ahead.ask(1, (n_keys * STEP).div_ceil(width));
+                scratch.ahead.ask();
                 let n = STEP.min(width - first);
                 let v = Wide { data: &v.data[first..], ..v };
                 accumulate(simd, [n, lanes, n_keys], v, scores, &mut panel.acc[first * PANEL..]);

@@ -3,14 +3,15 @@
 use super::{Branch, LongNet};
 use crate::Decision;
 use crate::attend::Call;
-use crate::residues::store;
+use crate::profile::USUAL;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::merge::merge_into;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
-    Profile, Qkv, QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target,
-    TensorView, View, ViewMut, softmax_flops, softmax_scale_or_default,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, OutMut, Profile, Qkv,
+    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, View,
+    ViewMut, softmax_flops, softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
 use attn_flash::engine::{ForwardResult, Grads};
@@ -98,17 +99,9 @@ impl Attention for LongNet {
 
     fn profile(&self) -> Profile {
         Profile {
-            family: Family::Sparse,
             target: Target::Own,
             causality: if self.causal { Causality::Strict } else { Causality::Bidirectional },
-            convex: true,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
-            time: Growth::Linear,
-            memory: Growth::Linear,
+            ..USUAL
         }
     }
 

@@ -1,7 +1,8 @@
 //! A pattern in parts as an [`Attention`].
 
-use super::{Part, Parted, backward, forward, store};
+use super::{Part, Parted, backward, forward};
 use crate::SparseAttention;
+use crate::store::store;
 use attn_core::exact::Reference;
 use attn_core::{
     Attention, AttnError, AttnShape, Cost, DType, Differentiable, OutMut, Profile, Qkv, QkvGrads, Result,
@@ -52,7 +53,7 @@ impl<P: Parted> PartedAttention<P> {
     fn attend(&self, x: Qkv<'_>, out: OutMut<'_>, parts: &[Part]) -> Result<Vec<f32>> {
         x.check_out(&out)?;
         let merged = forward(&[x], parts, self.scale(&x.shape())?)?;
-        store(&merged.out, out);
+        store(out, &merged.out)?;
         Ok(merged.lse)
     }
 }
@@ -137,9 +138,9 @@ impl<P: Parted> Differentiable for PartedAttention<P> {
         let MergedLse(lse) = saved.get()?;
         check_lse(lse, &shape)?;
         let [sums] = backward(&[x], &parts, self.scale(&shape)?, (out, lse), grad_out)?;
-        store(&sums.q, grads.q);
-        store(&sums.k, grads.k);
-        store(&sums.v, grads.v);
+        store(grads.q, &sums.q)?;
+        store(grads.k, &sums.k)?;
+        store(grads.v, &sums.v)?;
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use attn_core::merge::merge_weights;
 use attn_core::parallel::for_each_task;
 use attn_core::score::Unchanged;
 use attn_core::view::ViewMut;
-use attn_core::{AttnError, OutMut, Qkv, Result};
+use attn_core::{AttnError, Qkv, Result};
 use attn_flash::engine::{AnySpec, Problem, attend_any};
 
 /// Merged rows.
@@ -86,24 +86,6 @@ fn merge(merged: &mut Merged, part: &Merged, order: &Order, [heads, n, len, widt
                         *out = kept + add * part;
                     }
                 }
-            }
-        },
-    );
-}
-
-/// Rounds rows `[batch, heads, n, width]` into an output of that shape.
-pub(crate) fn store(rows: &[f32], out: OutMut<'_>) {
-    let [_, _, n, width] = out.shape();
-    if rows.is_empty() {
-        return;
-    }
-    let heads = rows.chunks_exact(n * width).zip(out.into_cuts(std::iter::once(0..n).collect()));
-    for_each_task(
-        heads,
-        || (),
-        |(), (rows, mut out)| {
-            for (i, row) in rows.chunks_exact(width).enumerate() {
-                out.store(i, row.iter().copied());
             }
         },
     );

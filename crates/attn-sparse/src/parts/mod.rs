@@ -26,7 +26,7 @@ pub use attention::PartedAttention;
 use attn_core::{AttnShape, Result};
 pub(crate) use backward::backward;
 pub(crate) use classes::{Classes, Heads, OfHeads};
-pub(crate) use forward::{forward, store};
+pub(crate) use forward::forward;
 pub use order::Order;
 use std::fmt;
 

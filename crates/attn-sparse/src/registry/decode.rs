@@ -1,5 +1,6 @@
 //! Selection and eviction for decoding.
 
+use super::named::list;
 use super::{at_least_1, build};
 use crate::{Decider, EvictionPolicy, Importance, KvEviction, Pooling, Quest, Share, Survivors};
 use attn_core::registry::{
@@ -106,17 +107,6 @@ fn one_of<T: Copy>(options: &Options, name: &str, known: &[(&str, T)]) -> Result
     }
 }
 
-/// Numbers between commas.
-fn numbers(options: &Options, name: &str) -> Result<Vec<usize>> {
-    let Some(text) = options.get::<String>(name)? else { return Ok(Vec::new()) };
-    let read = |word: &str| {
-        let wrong =
-            |_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), "numbers such as 0,3");
-        word.trim().parse().map_err(wrong)
-    };
-    text.split(',').map(read).collect()
-}
-
 /// An option that only some policies have.
 fn only_for<T>(name: &str, value: Option<T>, applies: bool, whom: &str) -> Result<Option<T>> {
     if value.is_some() && !applies {
@@ -137,7 +127,7 @@ fn eviction(options: &Options) -> Result<KvEviction> {
         ("budget", Share::Budget { safeguard: safeguard.unwrap_or(0.2) }),
     ];
     let share = one_of(options, "share", &kinds)?;
-    let full_heads = numbers(options, "full_heads")?;
+    let full_heads = list(options, "full_heads")?;
     let policies = [
         ("h2o", EvictionPolicy::h2o as fn(usize, usize) -> EvictionPolicy),
         ("observed-attention", |_, budget| EvictionPolicy::observed_attention(budget)),

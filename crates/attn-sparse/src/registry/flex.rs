@@ -1,6 +1,6 @@
 //! Masks and score functions that the user gives: by name, as formulas, as dense tensors, as lists of blocks.
 
-use super::named::{Learned, booleans, integers, run};
+use super::named::{CAUSAL, Learned, booleans, integers, option, run};
 use super::{at_least_1, attention};
 use crate::pairs::{Alike, count_pairs};
 use crate::score_rule::{RelativeIndex, relative_max};
@@ -13,11 +13,6 @@ use attn_flash::{FormulaMask, FormulaScore};
 use std::ops::Range;
 use std::sync::Arc;
 
-const fn option(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
-    OptionSpec { name, default, help }
-}
-
-const CAUSAL: OptionSpec = option("causal", "true", "no key after the query (true|false)");
 const MASK_MOD: OptionSpec = option(
     "mask_mod",
     "",

@@ -1,6 +1,6 @@
 //! Masks of whole sequences: padding, prefixes, spans, documents, buckets, dilated windows, heads that differ.
 
-use super::named::{integers, list, ranges, run};
+use super::named::{CAUSAL, integers, list, option, ranges, run};
 use super::{at_least_1, attention, build};
 use crate::{
     BidirectionalSpans, Branch, DilatedWindow, DocumentLayout, Documents, HeadChoice, LocalBuckets, LongNet,
@@ -8,12 +8,6 @@ use crate::{
 };
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{AttnError, Family, Result};
-
-const fn option(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
-    OptionSpec { name, default, help }
-}
-
-const CAUSAL: OptionSpec = option("causal", "true", "no key after the query (true|false)");
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![

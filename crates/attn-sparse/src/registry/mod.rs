@@ -7,6 +7,7 @@ mod layouts;
 mod masks;
 mod named;
 mod nsa;
+mod pages;
 mod prefill;
 mod routed;
 mod sorted;
@@ -23,6 +24,7 @@ pub fn registry() -> Vec<Entry> {
         flex::entries(),
         layouts::entries(),
         masks::entries(),
+        pages::entries(),
         prefill::entries(),
         routed::entries(),
         sorted::entries(),

@@ -2,20 +2,29 @@
 
 use crate::attention::{BiasGrad, SparseGrads};
 use crate::{Decider, SparseAttention};
-use attn_core::registry::{NamedTensor, NamedTensors, Options, TensorData, output_like};
+use attn_core::registry::{NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like};
 use attn_core::score::BiasIndex;
 use attn_core::{AttnError, Differentiable, QkvGrads, Result, SoftmaxAttention};
 use std::ops::Range;
 use std::str::FromStr;
 
-/// The comma-separated values of an option; none if it is not given.
+/// An option with its default.
+pub(super) const fn option(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
+    OptionSpec { name, default, help }
+}
+
+/// Causal unless told otherwise.
+pub(super) const CAUSAL: OptionSpec = option("causal", "true", "no key after the query (true|false)");
+
+/// The comma-separated values of an option; none if it is not given. Brackets around them are allowed.
 pub(super) fn list<T: FromStr>(options: &Options, name: &str) -> Result<Vec<T>> {
     let Some(text) = options.get::<String>(name)? else { return Ok(Vec::new()) };
-    let one = |part: &str| {
-        let wrong = || AttnError::value(format!("option `{name}`"), format!("`{text}`"), "numbers: 3,5,8");
-        part.trim().parse().map_err(|_| wrong())
+    let values = text.trim().trim_matches(['[', ']']).split(',').map(str::trim);
+    let value = |value: &str| {
+        let wrong = |_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), "numbers: 3,5,8");
+        value.parse().map_err(wrong)
     };
-    text.split(',').map(one).collect()
+    values.filter(|value| !value.is_empty()).map(value).collect()
 }
 
 /// The comma-separated ranges of an option: `4..20,40..48`.

@@ -3,7 +3,8 @@
 //! Runners also take the choice itself, under the names of the golden files: `block_mask [batch, n_heads_q, rows, columns]` of
 //! blocks, `mask [batch, n_heads_q, n_q, n_kv]` of pairs, or `vertical` and `slash [batch, heads, lines]`.
 
-use super::{at_least_1, build, named, only_causal};
+use super::named::{self, option};
+use super::{at_least_1, build, only_causal};
 use crate::prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
@@ -18,10 +19,6 @@ const CAUSAL: OptionSpec = OptionSpec {
     default: "true",
     help: "a query attends no key after its position (true|false)",
 };
-
-const fn option(name: &'static str, default: &'static str, help: &'static str) -> OptionSpec {
-    OptionSpec { name, default, help }
-}
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![

@@ -4,7 +4,8 @@ use super::{at_least_1, only_causal};
 use crate::decider::Decision;
 use crate::routed::given_lists;
 use crate::{
-    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, InfLlm, Moba, Routed, Router, SparseAttention,
+    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, IndexTarget, InfLlm, Moba, Routed, Router,
+    SparseAttention,
 };
 use attn_core::registry::{
     Entry, NamedTensor, NamedTensors, OptionSpec, Options, gradients, output_like, run_qkv,
@@ -50,6 +51,11 @@ pub(super) fn entries() -> Vec<Entry> {
                 CAUSAL,
                 OptionSpec { name: "top_k", default: "2048", help: "keys that a query sees" },
                 INDEX_DIM,
+                OptionSpec {
+                    name: "indexer_target",
+                    default: "selected",
+                    help: "keys over which a given indexer is trained: selected|visible, the warm-up",
+                },
                 OptionSpec::SCALE,
             ],
             constructor: |options| routed(options, dsa(options)?),
@@ -110,7 +116,7 @@ pub(super) fn entries() -> Vec<Entry> {
     ]
 }
 
-fn routed<R: Router>(options: &Options, router: R) -> Result<Box<dyn Attention>> {
+pub(super) fn routed<R: Router>(options: &Options, router: R) -> Result<Box<dyn Attention>> {
     only_causal(options, R::NAME)?;
     Ok(Box::new(Routed { router, softmax_scale: options.get("scale")? }))
 }
@@ -126,7 +132,19 @@ pub(super) fn index_dim(options: &Options) -> Result<Option<usize>> {
     }
 }
 
+fn indexer_target(options: &Options) -> Result<IndexTarget> {
+    match options.get::<String>("indexer_target")?.as_deref() {
+        None | Some("selected") => Ok(IndexTarget::Selected),
+        Some("visible") => Ok(IndexTarget::Visible),
+        Some(other) => {
+            let found = format!("`{other}`");
+            Err(AttnError::value("option `indexer_target`", found, "selected or visible"))
+        }
+    }
+}
+
 fn dsa(options: &Options) -> Result<Dsa> {
+    indexer_target(options)?;
     Ok(Dsa { top_k: at_least_1(options, "top_k", 2048)?, index_dim: index_dim(options)? })
 }
 
@@ -168,14 +186,21 @@ fn run_moba(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<
 
 /// `q`, `k`, `v`, and perhaps `index_q (batch, index heads, n_q, width)`, `index_k [batch, n_kv, width]`,
 /// `index_w [batch, index heads, n_q]`, or what was chosen: `selected [batch, n_q, slots]`, -1 for an empty slot.
+///
+/// With an indexer and `grad_indexer_loss [batch, n_q]` also its divergence from the attention, `indexer_loss [batch, n_q]`, and
+/// `grad.index_q`, `grad.index_k`, `grad.index_w`.
 fn run_dsa(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     const INDEX: [&str; 3] = ["index_q", "index_k", "index_w"];
     if !INDEX.iter().chain(&["selected"]).any(|name| tensors.get(name).is_some()) {
         return run_qkv(entry, options, tensors);
     }
-    tensors.only(entry.name, &["q", "k", "v", "grad_o", "index_q", "index_k", "index_w", "selected"])?;
+    let known = ["q", "k", "v", "grad_o", "index_q", "index_k", "index_w", "selected", "grad_indexer_loss"];
+    tensors.only(entry.name, &known)?;
     let (dsa, s) = (dsa(options)?, tensors.qkv()?.shape());
     if let Some(given) = tensors.get("selected") {
+        if tensors.get("grad_indexer_loss").is_some() {
+            return Err(AttnError::value("grad_indexer_loss", "beside `selected`", "an indexer to train"));
+        }
         return run_decided(options, tensors, given_lists(&s, 1, 1, &slots(given, &[s.batch, s.n_q])?)?);
     }
     let index_k = one_head(tensors.require("index_k")?)?;
@@ -185,7 +210,21 @@ fn run_dsa(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<N
         index_k: index_k.view("index_k")?,
         index_w,
     };
-    run_decided(options, tensors, dsa.decide_with(&s, &inputs)?)
+    let mut given = run_decided(options, tensors, dsa.decide_with(&s, &inputs)?)?;
+    if let Some(grad) = tensors.get("grad_indexer_loss") {
+        check_shape("grad_indexer_loss", grad, &[s.batch, s.n_q])?;
+        let (target, grad) = (indexer_target(options)?, floats(tensors, "grad_indexer_loss")?);
+        let x = tensors.qkv()?;
+        let grads = dsa.train_indexer(&x, &inputs, target, options.get("scale")?, Some(grad))?;
+        let loss = NamedTensor::f32("indexer_loss", &[s.batch, s.n_q], grads.loss)?;
+        given.0.insert("indexer_loss".into(), loss);
+        let of = [("index_q", grads.index_q), ("index_k", grads.index_k), ("index_w", grads.index_w)];
+        for (name, grad) in of {
+            let axes = &tensors.require(name)?.shape;
+            given.0.insert(format!("grad.{name}"), NamedTensor::f32(name, axes, grad)?);
+        }
+    }
+    Ok(given)
 }
 
 /// `q`, `k`, `v`, and perhaps `index_q (batch, n_heads_kv, n_q, width)` and `index_k [batch, n_kv, width]`, or what was chosen:
@@ -210,16 +249,21 @@ fn run_block_indexer(entry: &Entry, options: &Options, tensors: &NamedTensors) -
 
 /// Attends what was decided: `o`, `lse`, and gradients with `grad_o`.
 fn run_decided(options: &Options, tensors: &NamedTensors, decision: Decision) -> Result<NamedTensors> {
-    let x = tensors.qkv()?;
     let attention =
         SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(Decided(decision)) };
+    run_built(&attention, tensors)
+}
+
+/// Runs a variant that has been built on `q`, `k`, `v`: `o`, `lse`, and gradients with `grad_o`.
+pub(super) fn run_built(attention: &impl SoftmaxAttention, tensors: &NamedTensors) -> Result<NamedTensors> {
+    let x = tensors.qkv()?;
     let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
     attention.forward_with_lse(x, out.as_out()?, &mut lse)?;
     let [batch, heads, n_q, _] = x.shape().out();
     let mut given = NamedTensors::default();
     given.0.insert("lse".into(), NamedTensor::f32("lse", &[batch, heads, n_q], lse)?);
     if let Some(grad_o) = tensors.get("grad_o") {
-        given.0.extend(gradients(&attention, x, &mut out, grad_o)?.0);
+        given.0.extend(gradients(attention, x, &mut out, grad_o)?.0);
     }
     given.0.insert("o".into(), out);
     Ok(given)

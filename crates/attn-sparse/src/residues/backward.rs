@@ -5,7 +5,8 @@
 
 use super::{ClassRows, InClass, Part, Residues};
 use crate::attend::Call;
-use attn_core::{AttnShape, OutMut, Qkv, Result, TensorView, View, ViewMut};
+use crate::store::store;
+use attn_core::{AttnShape, OutMut, Qkv, Result, TensorView, ViewMut};
 use attn_flash::engine::{AnySpec, ForwardResult, Grads, OutputGrad, Problem, attend_backward_any};
 
 /// Writes the gradients; shapes and the score mod have been checked. `grads.sinks` and `grads.bias` are summed over classes.
@@ -130,18 +131,4 @@ fn add(sum: &mut [f32], share: &[f32], part: &Part, [batch, heads, n, width]: [u
         let to = &mut sum[(b * heads + part.kv_heads.start) * head..][..own];
         to.iter_mut().zip(&share[b * own..]).for_each(|(to, from)| *to += from);
     }
-}
-
-/// Rounds `rows`, row-major, to the dtype of `to`.
-pub(crate) fn store(to: OutMut<'_>, rows: &[f32]) -> Result<()> {
-    let [_, heads, n, _] = to.shape();
-    let rows = View::contiguous("rows", rows, to.shape())?;
-    if rows.shape().contains(&0) {
-        return Ok(());
-    }
-    for (at, mut out) in to.into_cuts(std::iter::once(0..n).collect()).into_iter().enumerate() {
-        let head = rows.head(at / heads, at % heads);
-        (0..n).for_each(|i| out.store(i, head.row(i).iter().copied()));
-    }
-    Ok(())
 }

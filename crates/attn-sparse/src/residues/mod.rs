@@ -17,7 +17,7 @@ mod forward;
 use attn_core::mask::{Head, Mask, Pair};
 use attn_core::score::{BiasIndex, ScoreMod};
 use attn_core::{AttnError, AttnShape, Result};
-pub(crate) use backward::{backward, store};
+pub(crate) use backward::backward;
 pub(crate) use forward::forward;
 use std::ops::Range;
 use std::sync::Arc;

@@ -75,21 +75,47 @@ pub(super) fn index_queries(
     IndexQueries { lists: batch * lists, heads, rows, width, data, weights: turned, relu }
 }
 
+impl DsaInputs<'_> {
+    pub(super) fn check(&self, dsa: &Dsa, shape: &AttnShape) -> Result<()> {
+        dsa.check()?;
+        let [_, heads, _, width] = self.index_q.shape();
+        check_axes("index_q", self.index_q.shape(), [shape.batch, heads.max(1), shape.n_q, width.max(1)])?;
+        check_axes("index_k", self.index_k.shape(), [shape.batch, 1, shape.n_kv, width])?;
+        let n_weights = shape.batch * heads * shape.n_q;
+        match self.index_w.len() {
+            found if found != n_weights => Err(AttnError::shape("index_w", "elements", found, n_weights)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl BlockIndexerInputs<'_> {
+    pub(super) fn check(&self, indexer: &BlockIndexer, shape: &AttnShape) -> Result<()> {
+        indexer.check()?;
+        let width = self.index_q.shape()[3].max(1);
+        check_axes("index_q", self.index_q.shape(), [shape.batch, shape.n_heads_kv, shape.n_q, width])?;
+        check_axes("index_k", self.index_k.shape(), [shape.batch, 1, shape.n_kv, width])
+    }
+}
+
 impl Dsa {
     /// What the given indexer chooses, the same for all heads. The index scores' scale does not matter.
     ///
     /// # Errors
     /// [`AttnError`] for tensors that do not fit `shape` or each other.
     pub fn decide_with(&self, shape: &AttnShape, x: &DsaInputs<'_>) -> Result<Decision> {
-        self.check()?;
-        let [_, heads, _, width] = x.index_q.shape();
-        check_axes("index_q", x.index_q.shape(), [shape.batch, heads.max(1), shape.n_q, width.max(1)])?;
-        check_axes("index_k", x.index_k.shape(), [shape.batch, 1, shape.n_kv, width])?;
-        let n_weights = shape.batch * heads * shape.n_q;
-        if x.index_w.len() != n_weights {
-            return Err(AttnError::shape("index_w", "elements", x.index_w.len(), n_weights));
-        }
-        let (queries, keys) = (index_queries(&x.index_q, 1, Some(x.index_w), true), series(&x.index_k));
+        x.check(self, shape)?;
+        self.choose_given(shape, x, &series(&x.index_k))
+    }
+
+    /// What is chosen from the index keys of all tokens, `[batch]`.
+    pub(super) fn choose_given(
+        &self,
+        shape: &AttnShape,
+        x: &DsaInputs<'_>,
+        keys: &[KeyPanels<f32>],
+    ) -> Result<Decision> {
+        let queries = index_queries(&x.index_q, 1, Some(x.index_w), true);
         let largest = Largest { top_k: self.top_k, visible: |row| visible(shape, row) };
         Ok(tokens(shape, 1, select(&queries, |list| &keys[list], &largest))?.into())
     }
@@ -101,11 +127,18 @@ impl BlockIndexer {
     /// # Errors
     /// [`AttnError`] for tensors that do not fit `shape` or each other.
     pub fn decide_with(&self, shape: &AttnShape, x: &BlockIndexerInputs<'_>) -> Result<Decision> {
-        self.check()?;
-        let width = x.index_q.shape()[3].max(1);
-        check_axes("index_q", x.index_q.shape(), [shape.batch, shape.n_heads_kv, shape.n_q, width])?;
-        check_axes("index_k", x.index_k.shape(), [shape.batch, 1, shape.n_kv, width])?;
-        let (queries, keys) = (index_queries(&x.index_q, shape.n_heads_kv, None, false), series(&x.index_k));
+        x.check(self, shape)?;
+        self.choose_given(shape, x, &series(&x.index_k))
+    }
+
+    /// What is chosen from the index keys of all tokens, `[batch]`.
+    pub(super) fn choose_given(
+        &self,
+        shape: &AttnShape,
+        x: &BlockIndexerInputs<'_>,
+        keys: &[KeyPanels<f32>],
+    ) -> Result<Decision> {
+        let queries = index_queries(&x.index_q, shape.n_heads_kv, None, false);
         let largest = LargestBlocks { indexer: self, shape };
         let chosen = select(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
         Ok(Decision::row_by_row(blocks(shape, self.block_len, shape.n_heads_kv, &chosen)?))

@@ -37,6 +37,11 @@ impl<E: Element> KeyPanels<E> {
         self.len += 1;
     }
 
+    /// Numbers of a key.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
     /// Keys held.
     pub(super) fn len(&self) -> usize {
         self.len

@@ -6,6 +6,7 @@
 //! | [`Dsa`] | tokens, for all heads | a lightning indexer |
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
 //! | [`InfLlm`] | blocks, for a key/value group | the largest probability of a mean key in a block |
+//! | [`ArkVale`], [`DoubleSparsity`], [`InfLlmMemory`], [`Loki`] | pages or tokens | what is noted of them ([`PageScorer`]) |
 //!
 //! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
 //! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
@@ -15,28 +16,36 @@ mod compressed;
 mod decided;
 mod dsa;
 mod ended;
+mod given_streams;
 mod index_channels;
 mod index_inputs;
 mod indexer;
+mod indexer_training;
 mod infllm;
 mod key_panels;
 mod moba;
 mod nsa;
+mod pages;
 mod router;
 mod rows;
 mod stream;
 
 pub use block_indexer::BlockIndexer;
 pub use compressed::{
-    CompressedAttention, CompressedGrads, CompressedInputs, CompressedOutputs, Entries, EntryIndexer,
-    EntryPooling,
+    CompressedAttention, CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedOutputs,
+    Entries, EntryIndexer, EntryPooling,
 };
 pub use decided::Decided;
 pub(crate) use decided::given_lists;
 pub use dsa::Dsa;
+pub use given_streams::{BlockIndexerStream, DsaStream};
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
+pub use indexer_training::{IndexTarget, IndexerGrads};
 pub use infllm::{InfLlm, KeyMeans};
 pub use moba::{ChunkMeans, Moba};
-pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, NsaStream};
+pub use pages::{
+    ArkVale, DoubleSparsity, InfLlmMemory, Loki, PageNotes, PageScorer, Pages, Representatives, Volume,
+};
 pub use router::{Routed, Router};

@@ -13,15 +13,16 @@
 use super::decided::Decided;
 use super::stream::RoutedStream;
 use crate::decider::{Decision, Work};
+use crate::profile::USUAL;
 use crate::{BlockMask, SparseAttention, heads};
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::registry::NamedTensor;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
-    check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, check_lse, softmax_flops,
+    softmax_scale_or_default,
 };
 use attn_flash::TileSizes;
 use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
@@ -47,6 +48,12 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
     /// Appends keys `(batch, n_heads_kv, n, head_dim)`.
     fn append(&self, summary: &mut Self::Summary, k: &TensorView<'_>);
 
+    /// Learns from the queries `(batch, n_heads_q, n_q, head_dim)` that stand at the last of the keys appended, before they
+    /// choose. Most routers do not.
+    fn observe(&self, summary: &mut Self::Summary, q: &TensorView<'_>) {
+        let _ = (summary, q);
+    }
+
     /// Bytes of memory that a summary holds.
     fn bytes(&self, summary: &Self::Summary) -> usize;
 
@@ -62,6 +69,11 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
 
     /// Growth of time.
     fn growth(&self) -> Growth;
+
+    /// What its attention aims at: softmax over chosen pairs, unless queries choose for each other.
+    fn target(&self) -> Target {
+        Target::SoftmaxOverChosen
+    }
 }
 
 /// Softmax attention over what a [`Router`] chooses. Causal; streams with its summary beside the cache.
@@ -86,6 +98,7 @@ impl<R: Router> Routed<R> {
     pub fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
         let mut summary = self.router.summary(&StreamShape::of(x))?;
         self.router.append(&mut summary, x.k());
+        self.router.observe(&mut summary, x.q());
         match x.shape().rows() {
             0 => Ok(Decision::new(SeeAll)),
             _ => Ok(Decision::row_by_row(self.router.choose(&summary, x.q(), &x.shape())?)),
@@ -124,6 +137,7 @@ impl<R: Router> Routed<R> {
         };
         if s.n_q <= BLOCK {
             extend(&mut summary, s.n_kv);
+            self.router.observe(&mut summary, x.q());
             return self.attend(&summary, *x.q(), ((*x.k()).into(), (*x.v()).into()), out, lse);
         }
         let blocks: Vec<_> = (0..s.n_q).step_by(BLOCK).map(|at| at..(at + BLOCK).min(s.n_q)).collect();
@@ -132,6 +146,7 @@ impl<R: Router> Routed<R> {
         for (block, rows) in blocks.into_iter().enumerate() {
             let n_keys = keys_up_to(rows.end);
             extend(&mut summary, n_keys);
+            self.router.observe(&mut summary, &x.q().narrow(rows.clone()));
             let mut part =
                 NamedTensor::unwritten(&[s.batch, s.n_heads_q, rows.len(), s.head_dim_v], x.dtype());
             let mut part_lse = vec![0.0; if lse.is_some() { s.batch * s.n_heads_q * rows.len() } else { 0 }];
@@ -163,19 +178,7 @@ impl<R: Router> Attention for Routed<R> {
     }
 
     fn profile(&self) -> Profile {
-        Profile {
-            family: Family::Sparse,
-            target: Target::SoftmaxOverChosen,
-            causality: Causality::Strict,
-            convex: true,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
-            time: self.router.growth(),
-            memory: Growth::Linear,
-        }
+        Profile { target: self.router.target(), time: self.router.growth(), ..USUAL }
     }
 
     fn cost(&self, shape: &AttnShape, dtype: DType) -> Cost {

@@ -1,7 +1,7 @@
 //! Rows of tensors of any storage type, as f32.
 
 use attn_core::view::View;
-use attn_core::{Element, OutMut, TensorView};
+use attn_core::{Element, TensorView};
 use std::ops::Range;
 
 /// Rows `range` of a head, one after another, widened.
@@ -27,15 +27,4 @@ pub(super) fn heads_f32(x: &TensorView<'_>, range: Range<usize>) -> Vec<f32> {
         wide.extend(rows_f32(x, head / heads, head % heads, range.clone()));
     }
     wide
-}
-
-/// Rounds `[batch, heads, length, width]`, row-major, to the dtype of `out`.
-pub(super) fn store(out: OutMut<'_>, rows: &[f32]) {
-    let [_, _, n, width] = out.shape();
-    let mut rows = rows.chunks_exact(width.max(1));
-    for mut head in out.into_cuts(std::iter::once(0..n).collect()) {
-        for (i, row) in rows.by_ref().take(n).enumerate() {
-            head.store(i, row.iter().copied());
-        }
-    }
 }

@@ -36,6 +36,7 @@ impl<R: Router> StreamState for RoutedStream<R> {
         x.check_out(&out)?;
         self.cache.append(*x.k(), *x.v())?;
         self.attention.router.append(&mut self.summary, x.k());
+        self.attention.router.observe(&mut self.summary, x.q());
         self.attention.attend(&self.summary, *x.q(), self.cache.views()?, out, None)
     }
 

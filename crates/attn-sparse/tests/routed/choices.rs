@@ -6,17 +6,17 @@ use attn_sparse::{BlockIndexer, Decision, Dsa, InfLlm, Moba, Routed, Router};
 use attn_testkit::inputs::Problem;
 
 /// Grouped heads, two batch entries, longer keys, ragged ends.
-fn shapes() -> Vec<AttnShape> {
+pub(super) fn shapes() -> Vec<AttnShape> {
     let grouped = AttnShape { batch: 2, n_heads_kv: 2, ..AttnShape::square(4, 97, 12) };
     vec![grouped, AttnShape { n_q: 7, n_kv: 150, ..AttnShape::square(2, 1, 8) }, AttnShape::square(1, 9, 3)]
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// The forced ones, then the largest, `k` in all, ascending.
-fn best(scores: &[f64], k: usize, forced: &[usize]) -> Vec<usize> {
+pub(super) fn best(scores: &[f64], k: usize, forced: &[usize]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
     let mut taken: Vec<usize> = forced.iter().copied().take(k).collect();
@@ -27,7 +27,10 @@ fn best(scores: &[f64], k: usize, forced: &[usize]) -> Vec<usize> {
 }
 
 /// Every row of every head sees what `want(x, (batch, head), i, position)` says.
-fn check<R: Router>(router: R, want: impl Fn(&Qkv<'_>, (usize, usize), usize, usize) -> Vec<usize>) {
+pub(super) fn check<R: Router>(
+    router: R,
+    want: impl Fn(&Qkv<'_>, (usize, usize), usize, usize) -> Vec<usize>,
+) {
     for (seed, s) in shapes().into_iter().enumerate() {
         let problem = Problem::normal(s, seed as u64);
         let x = problem.qkv().unwrap();
@@ -42,11 +45,11 @@ fn check<R: Router>(router: R, want: impl Fn(&Qkv<'_>, (usize, usize), usize, us
     }
 }
 
-fn rows(x: &attn_core::TensorView<'_>, batch: usize, head: usize) -> Vec<Vec<f64>> {
+pub(super) fn rows(x: &attn_core::TensorView<'_>, batch: usize, head: usize) -> Vec<Vec<f64>> {
     x.head_f64(batch, head).chunks_exact(x.shape()[3]).map(<[f64]>::to_vec).collect()
 }
 
-fn keys_of(blocks: &[usize], len: usize, position: usize) -> Vec<usize> {
+pub(super) fn keys_of(blocks: &[usize], len: usize, position: usize) -> Vec<usize> {
     blocks.iter().flat_map(|b| b * len..(b + 1) * len).filter(|j| *j <= position).collect()
 }
 

@@ -5,7 +5,7 @@ use attn_core::exact::Exact;
 use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::registry::Options;
 use attn_core::{AttnShape, View, ViewMut};
-use attn_sparse::Routing;
+use attn_sparse::{Hashing, Reformer, Routing};
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::conformance;
 use attn_testkit::inputs::Problem;
@@ -176,4 +176,95 @@ fn centroids_move_to_their_tokens() {
     assert_eq!(slow, [0.6, 0.8]);
     assert!(config.update_means(&x, &mut means, 1.5).unwrap_err().to_string().contains("decay is 1.5"));
     assert!(config.update_means(&x, &mut [0.0; 3], 0.5).unwrap_err().to_string().contains("means"));
+}
+
+/// The keys of each query in each round, as sets: those of its chunk and of the chunk before, where the chunk before the first
+/// one is the last of the round before.
+fn chunk_sets(of_q: &[i32], of_k: &[i32], n: usize, chunk: usize) -> Vec<Vec<Vec<usize>>> {
+    let sorted = |buckets: &[i32]| {
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by_key(|i| (buckets[*i], *i));
+        order
+    };
+    let orders = |all: &[i32]| all.chunks_exact(n).map(sorted).collect::<Vec<_>>();
+    let (q, k) = (orders(of_q), orders(of_k));
+    let (rounds, chunks) = (q.len(), n.div_ceil(chunk));
+    let members = |round: usize, at: usize| &k[round][at * chunk..((at + 1) * chunk).min(n)];
+    let of_round = |round: usize| {
+        let mut sets = vec![Vec::new(); n];
+        for (rank, i) in q[round].iter().enumerate() {
+            let own = rank / chunk;
+            let before =
+                if own == 0 { ((round + rounds - 1) % rounds, chunks - 1) } else { (round, own - 1) };
+            sets[*i] = [members(round, own), members(before.0, before.1)].concat();
+            sets[*i].sort_unstable();
+            sets[*i].dedup();
+        }
+        sets
+    };
+    (0..rounds).map(of_round).collect()
+}
+
+/// The paper's equations 4 to 6: each round's softmax with `ln N_ij` taken off, `N_ij` the number of rounds whose set for `i`
+/// holds `j`, merged by the rounds' normalisers. Sets that meet a pair twice, by the wrap to the round before, hold it once.
+#[test]
+fn pairs_that_several_rounds_meet_count_once_as_in_the_paper() {
+    let (n, d, chunk) = (45, 6, 8);
+    let problem = Problem::normal(AttnShape::square(1, n, d), 21);
+    let x = problem.qkv().unwrap();
+    for shared in [false, true] {
+        let config = Reformer {
+            bucket_size: chunk,
+            n_hashes: 3,
+            allow_duplicate_attention: false,
+            shared_qk: shared,
+            ..Reformer::default()
+        };
+        let of_q = config.buckets(&x, false, Hashing::Drawn).unwrap();
+        let of_k = if shared { of_q.clone() } else { config.buckets(&x, true, Hashing::Drawn).unwrap() };
+        let rounds = chunk_sets(&of_q, &of_k, n, chunk);
+        let row = |of: &[f32], i: usize| of[i * d..][..d].iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let score = |i: usize, j: usize| {
+            let q = row(&problem.q, i);
+            let k = row(if shared { &problem.q } else { &problem.k }, j);
+            let length = if shared { dot(&k, &k).sqrt() } else { 1.0 };
+            if shared && i == j { -5e4 } else { dot(&q, &k) / length / (d as f64).sqrt() }
+        };
+        let (mut want, mut repeated) = (Vec::new(), 0);
+        for i in 0..n {
+            let count = |j: usize| rounds.iter().filter(|round| round[i].contains(&j)).count();
+            let parts: Vec<(f64, Vec<f64>)> = rounds
+                .iter()
+                .map(|round| {
+                    let set = &round[i];
+                    let scores: Vec<f64> = set
+                        .iter()
+                        .map(|j| score(i, *j) - if shared && *j == i { 0.0 } else { (count(*j) as f64).ln() })
+                        .collect();
+                    repeated += set.iter().filter(|j| count(**j) > 1).count();
+                    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let z = most + scores.iter().map(|s| (s - most).exp()).sum::<f64>().ln();
+                    let mut out = vec![0.0; d];
+                    for (j, score) in set.iter().zip(&scores) {
+                        let weight = (score - z).exp();
+                        out.iter_mut().zip(row(&problem.v, *j)).for_each(|(sum, v)| *sum += weight * v);
+                    }
+                    (z, out)
+                })
+                .collect();
+            let most = parts.iter().map(|(z, _)| *z).fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = parts.iter().map(|(z, _)| (z - most).exp()).sum();
+            for c in 0..d {
+                want.push(parts.iter().map(|(z, out)| (z - most).exp() / total * out[c]).sum::<f64>());
+            }
+        }
+        assert!(repeated > n, "pairs are met again");
+        let options = set(&["bucket_size=8", "n_hashes=3", "allow_duplicate_attention=false"]);
+        let options = options.with("shared_qk", shared);
+        assert_close("once", &run("reformer-lsh", &options, &problem), &want, Tol::ScaledMax(4e-6));
+        let again = run("reformer-lsh", &options.with("allow_duplicate_attention", true), &problem);
+        let furthest = again.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+        assert!(furthest > 1e-2, "counted again, they weigh more");
+    }
 }

@@ -37,15 +37,16 @@ mod tests;
 mod worth;
 
 use crate::attend::Call;
+use crate::profile::USUAL;
 use crate::{BlockSizes, Builder, Decision};
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Align, Band};
 use attn_core::registry::output_like;
 use attn_core::score::Unchanged;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView,
-    band_pairs, check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnError, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads,
+    Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, band_pairs,
+    check_lse, softmax_flops, softmax_scale_or_default,
 };
 use attn_flash::engine::{ForwardResult, Grads};
 use lifetimes::Lifetimes;
@@ -212,17 +213,11 @@ impl Attention for KvEviction {
             _ => Target::SoftmaxApproximately,
         };
         Profile {
-            family: Family::Sparse,
             target,
-            causality: Causality::Strict,
-            convex: true,
-            key_order_free: false,
             cross_lengths: false,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
             time: if dense { Growth::Quadratic } else { Growth::Linear },
             memory: if dense { Growth::Linear } else { Growth::Constant },
+            ..USUAL
         }
     }
 

@@ -1,7 +1,8 @@
 //! Global rows with projections of their own.
 
 use super::Longformer;
-use crate::parts::{backward, forward, store};
+use crate::parts::{backward, forward};
+use crate::store::store;
 use attn_core::{
     AttnShape, OutMut, Qkv, QkvGrads, Result, TensorView, check_like, check_lse, softmax_scale_or_default,
 };
@@ -76,7 +77,7 @@ impl Longformer {
         inputs.local.check_out(&out)?;
         let scale = softmax_scale_or_default(softmax_scale, shape.head_dim)?;
         let merged = forward(&[inputs.local, inputs.global], &self.two_parts(&shape, 1), scale)?;
-        store(&merged.out, out);
+        store(out, &merged.out)?;
         Ok(merged.lse)
     }
 
@@ -105,9 +106,9 @@ impl Longformer {
         let sources = [inputs.local, inputs.global];
         let [local, global] = backward(&sources, &self.two_parts(&shape, 1), scale, (out, lse), grad_out)?;
         for (sums, grads) in [(local, grads.local), (global, grads.global)] {
-            store(&sums.q, grads.q);
-            store(&sums.k, grads.k);
-            store(&sums.v, grads.v);
+            store(grads.q, &sums.q)?;
+            store(grads.k, &sums.k)?;
+            store(grads.v, &sums.v)?;
         }
         Ok(())
     }

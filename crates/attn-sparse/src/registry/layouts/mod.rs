@@ -7,6 +7,7 @@ mod strides;
 mod tokens;
 mod videos;
 
+use super::named::list;
 use crate::{Parted, PartedAttention};
 use attn_core::registry::{Entry, Options};
 use attn_core::{Attention, AttnError, Result};
@@ -21,18 +22,6 @@ pub(super) fn entries() -> Vec<Entry> {
 /// The pattern with the options that all have, attended part by part.
 fn build_parted(options: &Options, pattern: impl Parted) -> Result<Box<dyn Attention>> {
     Ok(Box::new(PartedAttention::new(pattern).with_scale(options.get("scale")?)))
-}
-
-/// Values separated by commas; empty without the option. Brackets around them are allowed.
-fn list<T: std::str::FromStr>(options: &Options, name: &str) -> Result<Vec<T>> {
-    let Some(text) = options.get::<String>(name)? else { return Ok(Vec::new()) };
-    let values = text.trim_matches(['[', ']']).split(',').map(str::trim).filter(|value| !value.is_empty());
-    let value = |value: &str| {
-        let wanted = std::any::type_name::<T>().rsplit("::").next().unwrap_or("value");
-        let expected = format!("{wanted} values separated by commas");
-        value.parse().map_err(|_| AttnError::value(format!("option `{name}`"), format!("`{text}`"), expected))
-    };
-    values.map(value).collect()
 }
 
 /// One value an axis: as many as there are axes, or one for all.

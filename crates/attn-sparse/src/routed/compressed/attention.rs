@@ -7,15 +7,17 @@ use super::pooling::Slots;
 use super::stream::CompressedStream;
 use super::{CompressedAttention, Entries};
 use crate::SharedMask;
+use crate::profile::USUAL;
 use crate::routed::index_inputs::{index_queries, series};
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::{Head, Predicate};
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, View,
-    check_lse, softmax_flops, softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    SoftmaxAttention, StreamShape, StreamState, Streaming, Target, TensorView, View, check_lse,
+    softmax_flops, softmax_scale_or_default,
 };
 
 /// Queries whose choices exist at a time.
@@ -184,19 +186,7 @@ impl Attention for CompressedAttention {
     }
 
     fn profile(&self) -> Profile {
-        Profile {
-            family: Family::Sparse,
-            target: Target::Own,
-            causality: Causality::Strict,
-            convex: true,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
-            time: Growth::Quadratic,
-            memory: Growth::Linear,
-        }
+        Profile { target: Target::Own, time: Growth::Quadratic, ..USUAL }
     }
 
     fn cost(&self, s: &AttnShape, dtype: DType) -> Cost {
@@ -304,7 +294,7 @@ impl Differentiable for CompressedAttention {
             (kept.out, kept.lse) = call.attend(None)?;
             Ok(())
         })?;
-        store(out, &kept.out);
+        store(out, &kept.out)?;
         Ok(Saved::new(kept))
     }
 
@@ -335,9 +325,9 @@ impl Differentiable for CompressedAttention {
             let heads = s.batch * s.n_heads_kv;
             self.means_backward(heads, &all.entry_k, &mut all.k, s.head_dim);
             self.means_backward(heads, &all.entry_v, &mut all.v, s.head_dim_v);
-            store(q, &all.q);
-            store(k, &all.k);
-            store(v, &all.v);
+            store(q, &all.q)?;
+            store(k, &all.k)?;
+            store(v, &all.v)?;
         }
         Ok(())
     }

@@ -28,11 +28,13 @@
 mod attend;
 mod attention;
 mod entries;
+mod given_stream;
 mod gradients;
 mod inputs;
 mod pooling;
 mod stream;
 
+pub use given_stream::CompressedGivenStream;
 pub use inputs::{CompressedGrads, CompressedInputs, CompressedOutputs, EntryIndexer};
 pub use pooling::EntryPooling;
 

@@ -3,8 +3,9 @@
 use super::CompressedAttention;
 use super::attend::Call;
 use super::entries::EntryMeans;
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
 use crate::routed::stream::cache_of;
+use crate::store::store;
 use attn_core::{AttnShape, OutMut, Qkv, Result, StreamShape, StreamState, View, softmax_scale_or_default};
 use attn_flash::cache::{Kept, KvCache};
 
@@ -45,7 +46,7 @@ impl StreamState for CompressedStream {
             entries: self.means.cache.views()?,
             seen: self.attention.seen_by_means(&self.means, &q, &shape)?,
         };
-        store(out, &call.attend(None)?.0);
+        store(out, &call.attend(None)?.0)?;
         self.raw.keep(Kept { sinks: 0, last: Some(self.attention.window - 1) });
         Ok(())
     }

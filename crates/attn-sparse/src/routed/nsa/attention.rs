@@ -3,17 +3,17 @@
 use super::branches::Rows;
 use super::compression::Compressed;
 use super::inputs::{NsaInputs, NsaOutputs};
-use super::stream::NsaStream;
 use super::{Nsa, NsaGates};
+use crate::profile::USUAL;
 use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
-use crate::routed::rows::{heads_f32, store};
+use crate::routed::rows::heads_f32;
+use crate::store::store;
 use attn_core::exact::{Exact, Reference};
 use attn_core::mask::Mask;
 use attn_core::merge::gated_sum;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, View, softmax_flops,
-    softmax_scale_or_default,
+    Attention, AttnShape, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads, Result, Saved,
+    StreamShape, StreamState, Streaming, Target, TensorView, View, softmax_flops, softmax_scale_or_default,
 };
 use std::ops::Range;
 
@@ -91,18 +91,11 @@ impl Attention for Nsa {
 
     fn profile(&self) -> Profile {
         Profile {
-            family: Family::Sparse,
             target: Target::Own,
-            causality: Causality::Strict,
             // Before the first compressed block ends, its branch is 0.
             convex: false,
-            key_order_free: false,
-            cross_lengths: true,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
-            max_error: 4e-6,
             time: Growth::Quadratic,
-            memory: Growth::Linear,
+            ..USUAL
         }
     }
 
@@ -182,7 +175,7 @@ impl Attention for Nsa {
 
 impl Streaming for Nsa {
     fn start(&self, shape: StreamShape) -> Result<Box<dyn StreamState>> {
-        NsaStream::start(*self, shape)
+        Ok(Box::new(self.stream(shape)?))
     }
 }
 
@@ -190,7 +183,7 @@ impl Differentiable for Nsa {
     fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
         x.check_out(&out)?;
         let all = self.forward_with(&NsaInputs::new(x))?;
-        store(out, &all.out);
+        store(out, &all.out)?;
         Ok(Saved::new(all))
     }
 
@@ -207,9 +200,9 @@ impl Differentiable for Nsa {
         crate::routed::index_inputs::check_axes("grad_out", grad_out.shape(), s.out())?;
         let grad_out = heads_f32(&grad_out, 0..s.n_q);
         let all = self.backward_with(&NsaInputs::new(x), saved.get()?, &grad_out)?;
-        store(grads.q, &all.q);
-        store(grads.k, &all.k);
-        store(grads.v, &all.v);
+        store(grads.q, &all.q)?;
+        store(grads.k, &all.k)?;
+        store(grads.v, &all.v)?;
         Ok(())
     }
 }

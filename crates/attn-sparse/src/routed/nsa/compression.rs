@@ -59,6 +59,24 @@ impl Compressed {
         all
     }
 
+    /// Appends blocks that were made elsewhere, of `n` more keys.
+    pub(super) fn append_given(&mut self, k: &TensorView<'_>, v: &TensorView<'_>, n: usize) {
+        let width = self.widths[0];
+        for (at, head) in self.heads.iter_mut().enumerate() {
+            let (batch, kv_head, blocks) = (at / self.n_heads, at % self.n_heads, k.shape()[2]);
+            let rows = rows_f32(k, batch, kv_head, 0..blocks);
+            rows.chunks_exact(width).for_each(|row| head.panels.push(row.iter().copied()));
+            head.k.extend(rows);
+            head.v.extend(rows_f32(v, batch, kv_head, 0..blocks));
+        }
+        self.len += n;
+    }
+
+    /// Keys appended.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     /// Appends keys and values.
     pub(super) fn append(&mut self, nsa: &Nsa, k: &TensorView<'_>, v: &TensorView<'_>) {
         let ([width, width_v], n) = (self.widths, k.shape()[2]);

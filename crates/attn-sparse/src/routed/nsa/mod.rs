@@ -39,6 +39,7 @@ mod segment;
 mod stream;
 
 pub use inputs::{CompressedKv, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs};
+pub use stream::NsaStream;
 
 use super::ended::n_ended;
 use attn_core::{AttnError, Result};

@@ -17,7 +17,9 @@
 //!   a token with itself is a large negative constant, so that it counts only where nothing else is seen.
 //! - Otherwise queries and keys are hashed with the same rotations and sorted apart, and chunk `c` of queries attends chunks `c`
 //!   and `c - 1` of keys (clusters of equal size, as in SMYRF, Daras et al. 2020).
-//! - A pair that is met `c` times counts `c`-fold, as in the paper's implementation, or once: `-ln c` is added to its score.
+//! - A pair that is met `c` times counts `c`-fold, as in the paper's implementation, or once: `-ln c` is added to its score. Once,
+//!   the result is that of the paper's `N_ij`, which counts the rounds whose sets hold the pair: softmax over the union of all
+//!   rounds' pairs. Pairs met through the wrap to the round before are in that union, and counted where they are met.
 //!
 //! **Not strictly causal**, also with the causal mask: no later key is attended, but which keys share a chunk depends on all
 //! tokens of the sequence.
@@ -39,10 +41,11 @@ mod self_score;
 
 pub use hashing::Hashing;
 
+use crate::profile::USUAL;
 use attn_core::exact::Reference;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, SoftmaxAttention, Target, TensorView, check_lse, softmax_flops,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv,
+    QkvGrads, Result, Saved, SoftmaxAttention, Target, TensorView, check_lse, softmax_flops,
     softmax_scale_or_default,
 };
 use chunks::Unit;
@@ -208,17 +211,12 @@ impl Attention for Reformer {
 
     fn profile(&self) -> Profile {
         Profile {
-            family: Family::Sparse,
             target: Target::SoftmaxApproximately,
             causality: if self.causal { Causality::Masked } else { Causality::Bidirectional },
-            convex: true,
-            key_order_free: false,
             cross_lengths: false,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
             max_error: 6e-6,
             time: Growth::Linearithmic,
-            memory: Growth::Linear,
+            ..USUAL
         }
     }
 

@@ -35,10 +35,11 @@ mod nearest;
 
 pub use inputs::RoutingInputs;
 
+use crate::profile::USUAL;
 use attn_core::exact::Reference;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile, Qkv,
-    QkvGrads, Result, Saved, Target, TensorView, softmax_flops,
+    Attention, AttnShape, Causality, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv, QkvGrads,
+    Result, Saved, Target, TensorView, softmax_flops,
 };
 pub use backward::RoutingGrads;
 
@@ -171,21 +172,18 @@ impl Attention for Routing {
 
     fn profile(&self) -> Profile {
         Profile {
-            family: Family::Sparse,
             target: Target::SoftmaxApproximately,
             causality: if self.causal { Causality::Masked } else { Causality::Bidirectional },
             convex: self.mean_eps == 0.0,
             key_order_free: !self.causal && !self.shared_qk,
             cross_lengths: !self.shared_qk,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
             max_error: 6e-6,
             time: match (self.num_clusters, self.window) {
                 (None, _) => Growth::SubQuadratic,
                 (Some(_), Some(_)) => Growth::Linear,
                 (Some(_), None) => Growth::Quadratic,
             },
-            memory: Growth::Linear,
+            ..USUAL
         }
     }
 

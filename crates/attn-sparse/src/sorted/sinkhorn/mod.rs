@@ -49,10 +49,11 @@ mod top;
 
 pub use backward::SinkhornGrads;
 
+use crate::profile::USUAL;
 use attn_core::exact::Reference;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, Target, TensorView, softmax_flops, softmax_scale_or_default,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Growth, OutMut, Profile, Qkv,
+    QkvGrads, Result, Saved, Target, TensorView, softmax_flops, softmax_scale_or_default,
 };
 
 /// Where mixtures come from; see the module's table.
@@ -261,14 +262,10 @@ impl Attention for Sinkhorn {
         let causal = self.kind == SinkhornKind::Causal;
         let fixed = self.bucket_size.is_some();
         Profile {
-            family: Family::Sparse,
             target: Target::Own,
             causality: if causal { Causality::Strict } else { Causality::Bidirectional },
             convex: false,
-            key_order_free: false,
             cross_lengths: false,
-            grouped_heads: true,
-            dtypes: &DType::ALL,
             max_error: 1e-5,
             time: match self.kind {
                 _ if !fixed => Growth::SubQuadratic,
@@ -276,6 +273,7 @@ impl Attention for Sinkhorn {
                 _ => Growth::Quadratic,
             },
             memory: if fixed && self.kind == SinkhornKind::Soft { Growth::Quadratic } else { Growth::Linear },
+            ..USUAL
         }
     }
 
