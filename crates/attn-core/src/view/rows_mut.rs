@@ -161,3 +161,33 @@ pub(super) fn blocks<'a, E: Element>(
         BlockMut { batch, head, rows, out }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_rows_and_columns_of_the_whole() {
+        let mut data: Vec<f32> = (0..23).map(|x| x as f32).collect();
+        let mut rows = RowsMut::new(&mut data, 3, 5);
+        assert_eq!((rows.len(), rows.width()), (5, 3));
+        assert_eq!(rows.rows_mut(1..4).row_mut(2), [15.0, 16.0, 17.0]);
+        assert!(rows.rows_mut(5..5).is_empty());
+        rows.as_f32().expect("f32").row_mut(0)[1] = -1.0;
+        let (first, second) = rows.split_at(2);
+        assert_eq!((first.len(), second.len()), (2, 3));
+        let mut columns: Vec<_> = second.into_columns(&[0..1, 1..3]).collect();
+        columns[1].row_mut(2)[0] = -2.0;
+        assert_eq!(columns[0].row_mut(2), [20.0]);
+        assert_eq!((data[1], data[21]), (-1.0, -2.0));
+        let mut halves = [half::bf16::ZERO; 4];
+        assert!(RowsMut::new(&mut halves, 2, 2).as_f32().is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "of 3 columns")]
+    fn columns_that_overlap_are_refused() {
+        let mut data = [0.0f32; 6];
+        let _ = RowsMut::new(&mut data, 3, 3).into_columns(&[0..2, 1..3]).count();
+    }
+}
