@@ -28,6 +28,7 @@ pub mod low_rank;
 pub mod matrix_state;
 mod named;
 mod packed;
+mod recomputed;
 pub mod recurrent;
 mod registry;
 mod retnet;

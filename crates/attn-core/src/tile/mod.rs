@@ -3,6 +3,7 @@
 //! | kernel | does |
 //! |---|---|
 //! | [`product()`] | `C += A B`, `A` read by broadcast with any strides, `B` and `C` row-major |
+//! | [`causal_product`] | two products into the same rows, each row of the second as far as it sees |
 //! | [`Bf16Dot`] | the same product of bf16 pairs, and weights rounded to such pairs, where the CPU has the instruction |
 //! | [`exp2`] | `2^x` of a vector |
 //! | [`transpose`] | a row-major block into its transpose |
@@ -16,6 +17,7 @@
 //! One product serves scores, values, gradients and recurrences. For `C = A B` it needs no packing: with queries
 //! in the vector lanes, `S^T = K Q^T` and `O^T += V^T P^T` read `K` and `V` where the caller keeps them.
 
+mod causal;
 mod convert;
 mod dot_bf16;
 mod exp;
@@ -24,6 +26,7 @@ mod product;
 mod touch;
 mod transpose;
 
+pub use causal::{CausalProduct, causal_product};
 pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
 pub use exp::{exp2, exp2_overflows};

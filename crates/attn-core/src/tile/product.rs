@@ -122,6 +122,54 @@ pub fn product<S: Simd>(
     );
 }
 
+/// Numbers of `A` for a register tile: where they start, how far it is to the next row and to the next step.
+#[derive(Clone, Copy)]
+pub(super) struct Lanes {
+    pub(super) at: *const f32,
+    pub(super) row: usize,
+    pub(super) step: usize,
+}
+
+/// The rows `FROM..` of a register tile over `k` steps.
+///
+/// # Safety
+/// Those rows of `a` and as many of `b`, `VECTORS` vectors wide, must lie inside live allocations for `k` steps.
+// Indexed by constants once unrolled: then the sums stay in registers.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+pub(super) unsafe fn steps<
+    S: Simd,
+    V: SimdFloat<S, Element = f32>,
+    const ROWS: usize,
+    const VECTORS: usize,
+    const FROM: usize,
+>(
+    simd: S,
+    acc: &mut [[V; VECTORS]; ROWS],
+    a: Lanes,
+    (mut b, b_stride): (*const f32, usize),
+    k: usize,
+) {
+    let mut at = a.at;
+    for _ in 0..k {
+        // SAFETY: step `p < k`: `b` is row `p` of B's columns, `at` is column `p` of A; all reads are inside by the caller's
+        // promise. `wrapping_add` below may step past the end after the last read only.
+        unsafe {
+            let b_row: [V; VECTORS] = std::array::from_fn(|v| {
+                V::from_slice(simd, std::slice::from_raw_parts(b.add(v * V::LEN), V::LEN))
+            });
+            for r in FROM..ROWS {
+                let a_rp = V::splat(simd, *at.add(r * a.row));
+                for v in 0..VECTORS {
+                    acc[r][v] = a_rp.mul_add(b_row[v], acc[r][v]);
+                }
+            }
+        }
+        at = at.wrapping_add(a.step);
+        b = b.wrapping_add(b_stride);
+    }
+}
+
 /// A strip of `C`, all rows of some columns: where those columns of `B` and `C` start.
 struct Columns {
     b: *const f32,
@@ -202,26 +250,10 @@ impl Strip {
         i: usize,
     ) {
         let mut acc = [[V::splat(simd, 0.0); VECTORS]; ROWS];
-        // SAFETY: row `i` of A is inside (caller).
-        let mut a = unsafe { self.a.add(i * self.a_row) };
-        let mut b = at.b;
-        for _ in 0..self.k {
-            // SAFETY: step `p < k`: `b` is row `p` of B's columns, `a` is column `p` of A at row `i`; all reads are
-            // inside by the caller's promise. `wrapping_add` below may step past the end after the last read only.
-            unsafe {
-                let b_row: [V; VECTORS] = std::array::from_fn(|v| {
-                    V::from_slice(simd, std::slice::from_raw_parts(b.add(v * V::LEN), V::LEN))
-                });
-                for (r, row) in acc.iter_mut().enumerate() {
-                    let a_rp = V::splat(simd, *a.add(r * self.a_row));
-                    for (sum, b) in row.iter_mut().zip(b_row) {
-                        *sum = a_rp.mul_add(b, *sum);
-                    }
-                }
-            }
-            a = a.wrapping_add(self.a_col);
-            b = b.wrapping_add(at.b_stride);
-        }
+        let (a, b) =
+            (Lanes { at: self.a.wrapping_add(i * self.a_row), row: self.a_row, step: self.a_col }, at);
+        // SAFETY: rows `i..i + ROWS` of A's `k` columns and as many rows of B's columns are inside (caller).
+        unsafe { steps::<S, V, ROWS, VECTORS, 0>(simd, &mut acc, a, (b.b, b.b_stride), self.k) };
         for (r, row) in acc.iter().enumerate() {
             for (v, sum) in row.iter().enumerate() {
                 // SAFETY: rows `i + r < m` and the strip's columns of C are inside, and nothing else refers to them.

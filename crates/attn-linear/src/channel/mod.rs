@@ -14,11 +14,12 @@
 mod cells;
 mod registry;
 
-use crate::scan::{ScanState, Tokens, absorb, backward, forward, store, workspace_bytes};
+use crate::recomputed::{Recomputed, differentiable};
+use crate::scan::{ScanState, Tokens, absorb, backward, forward, workspace_bytes};
 use attn_core::exact::Reference;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, Target, TensorView, View,
+    Qkv, Result, Target, TensorView, View,
 };
 use cells::{Apply, Gram};
 pub(crate) use registry::entries;
@@ -239,25 +240,11 @@ impl Attention for Xca {
     }
 }
 
-impl Differentiable for Xca {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+differentiable!(impl for Xca);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        _: TensorView<'_>,
-        _: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
-        grads.check(&x)?;
+impl Recomputed for Xca {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         let all = self.gradients(&x, &grad_out)?;
-        store(grads.q, &all.q);
-        store(grads.k, &all.k);
-        store(grads.v, &all.v);
-        Ok(())
+        Ok([all.q, all.k, all.v])
     }
 }

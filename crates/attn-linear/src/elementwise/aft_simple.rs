@@ -10,15 +10,15 @@
 
 use super::log_sum_cell::LogSumCell;
 use super::read_mean::ReadMean;
+use crate::recomputed::{Recomputed, differentiable};
 use crate::scan::math::sigmoid64;
 use crate::scan::{
-    HeadInputs, ScanAttention, ScanState, ScanVariant, Tokens, absorb, backward, forward, store,
-    workspace_bytes,
+    HeadInputs, ScanAttention, ScanState, ScanVariant, Tokens, absorb, backward, forward, workspace_bytes,
 };
 use attn_core::exact::Reference;
 use attn_core::{
-    Attention, AttnShape, Causality, Cost, DType, Differentiable, OutMut, Profile, Qkv, QkvGrads, Result,
-    Saved, Streaming, TensorView,
+    Attention, AttnShape, Causality, Cost, DType, Differentiable, OutMut, Profile, Qkv, Result, Streaming,
+    TensorView,
 };
 
 /// AFT-simple, see the [module](self). Without `causal` the numbers of queries and keys may differ.
@@ -168,24 +168,13 @@ impl Attention for AftSimple {
 
 static CAUSAL_REF: &ScanAttention<CausalAft> = &CAUSAL;
 
-impl Differentiable for AftSimple {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+differentiable!(impl for AftSimple);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        out: TensorView<'_>,
-        saved: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
+impl Recomputed for AftSimple {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         if self.causal {
-            return CAUSAL.backward(x, out, saved, grad_out, grads);
+            return CAUSAL.qkv_gradients(x, grad_out);
         }
-        grads.check(&x)?;
         let s = x.shape();
         let Whole { cell, state, means, read } = whole(&x)?;
         let queries = Tokens::of_any_width(&[("q", *x.q())])?;
@@ -207,9 +196,7 @@ impl Differentiable for AftSimple {
         let zeros = vec![0.0f32; s.v().iter().product()];
         let zeros = attn_core::View::contiguous("grad_out", &zeros, s.v())?;
         let by_keys = backward(&cell, &keys(&x)?, None, &zeros.into(), Some(&by_state))?;
-        store(grads.q, &by_read.inputs[0]);
-        store(grads.k, &by_keys.inputs[0]);
-        store(grads.v, &by_keys.inputs[1]);
-        Ok(())
+        let mut all = by_read.inputs.into_iter().take(1).chain(by_keys.inputs);
+        Ok(std::array::from_fn(|_| all.next().unwrap_or_default()))
     }
 }

@@ -5,12 +5,13 @@ use super::definition::definition;
 use super::largest::shifts;
 use super::variant::{FeatureInputs, FeatureSpec, FeatureVariant, Gate, Normaliser};
 use crate::matrix_state::sequences;
-use crate::scan::{ScanState, Tokens, absorb, forward, store, workspace_bytes};
+use crate::recomputed::{Recomputed, differentiable};
+use crate::scan::{ScanState, Tokens, absorb, forward, workspace_bytes};
 use attn_core::exact::Reference;
 use attn_core::view::Rows;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
-    Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView,
+    Profile, Qkv, Result, StreamShape, StreamState, Streaming, Target, TensorView,
 };
 use std::ops::Range;
 
@@ -297,26 +298,12 @@ impl<V: FeatureVariant> Attention for FeatureAttention<V> {
     }
 }
 
-impl<V: FeatureVariant> Differentiable for FeatureAttention<V> {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+differentiable!(impl <V: FeatureVariant> for FeatureAttention<V>);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        _: TensorView<'_>,
-        _: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
-        grads.check(&x)?;
+impl<V: FeatureVariant> Recomputed for FeatureAttention<V> {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         let all = self.gradients(x, None, &grad_out)?;
-        store(grads.q, &all.q);
-        store(grads.k, &all.k);
-        store(grads.v, &all.v);
-        Ok(())
+        Ok([all.q, all.k, all.v])
     }
 }
 

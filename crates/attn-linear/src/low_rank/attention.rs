@@ -1,11 +1,11 @@
 //! Low-rank compositions as attention over q, k and v.
 
 use super::tensor::Tensor;
-use crate::scan::store;
+use crate::recomputed::{Recomputed, differentiable, store};
 use attn_core::exact::Reference;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, Target, TensorView, softmax_flops,
+    Qkv, Result, Target, TensorView, softmax_flops,
 };
 
 /// One head of a definition, f64, row-major.
@@ -172,33 +172,19 @@ impl<V: Compose> Attention for LowRankAttention<V> {
     }
 }
 
-impl<V: Compose> Differentiable for LowRankAttention<V> {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+differentiable!(impl <V: Compose> for LowRankAttention<V>);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        _: TensorView<'_>,
-        _: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
+impl<V: Compose> Recomputed for LowRankAttention<V> {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         let s = x.shape();
         self.check(&s)?;
-        grads.check(&x)?;
         attn_core::check_like("grad_out", grad_out.shape(), x.dtype(), x.q(), s.head_dim_v)?;
-        let qkv = [x.q(), x.k(), x.v()].map(Tensor::of);
+        let [q, k, v] = [x.q(), x.k(), x.v()].map(Tensor::of);
         let all = if is_empty(&s) {
             [s.q(), s.k(), s.v()].map(Tensor::zeros)
         } else {
-            self.variant.run_back([&qkv[0], &qkv[1], &qkv[2]], &Tensor::of(&grad_out))?
+            self.variant.run_back([&q, &k, &v], &Tensor::of(&grad_out))?
         };
-        for (out, grad) in [grads.q, grads.k, grads.v].into_iter().zip(&all) {
-            store(out, &grad.data);
-        }
-        Ok(())
+        Ok(all.map(|grad| grad.data))
     }
 }

@@ -20,14 +20,15 @@
 
 use super::chunk::Values;
 use super::head::Wanted;
-use super::read::read;
+use super::read::{at_once, read};
 use super::scores::{BLOCK, Readers, scores};
 use super::scratch::{Prepared, Scratch, Working};
 use super::solve::solve;
 use super::write::write;
 use super::{Erase, EraseAt, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{MAX_LANES, Rhs, all_finite};
+use attn_core::tile::{MAX_LANES, Rhs, Start, all_finite};
+use attn_core::view::RowsMut;
 
 /// What a chunk does between its products: it asks for memory that is needed later. A burst of such requests would hold up
 /// the loads behind it.
@@ -39,7 +40,21 @@ pub(super) struct Attend<'a> {
     pub(super) state: &'a mut [f32],
     pub(super) scratch: &'a mut Scratch,
     pub(super) wanted: Wanted,
+    pub(super) direct: Option<Direct<'a>>,
     pub(super) ahead: Ahead<'a>,
+}
+
+/// Rows that take what is read as it is stored, in the place of the scratch: for options that [`Direct::takes`].
+pub(super) struct Direct<'a> {
+    pub(super) rows: RowsMut<'a, f32>,
+    pub(super) scale: f32,
+}
+
+impl Direct<'_> {
+    /// Whether what is read needs nothing but the scale.
+    pub(super) fn takes(o: &Options) -> bool {
+        at_once(o) && !o.norm && o.recurrence.is_none()
+    }
 }
 
 /// How often [`Attend`] calls `ahead` for a chunk of `len` tokens, at least.
@@ -52,14 +67,15 @@ impl SimdOp for Attend<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, state, scratch, wanted, ahead } = self;
-        prepare(simd, &chunk, scratch, wanted, ahead);
+        let Self { chunk, state, scratch, wanted, direct, ahead } = self;
+        let zeros = !at_once(&scratch.options) || scratch.options.norm;
+        prepare(simd, &chunk, scratch, wanted, zeros, ahead);
         if wanted == Wanted::Nothing {
             return;
         }
         let Scratch { options, prepared, work, read, .. } = scratch;
         let on = On { o: options, chunk: &chunk, values: chunk.values(options.value_dim), prepared };
-        on.run(simd, state, work, [&mut read.rows, &mut read.norms], wanted, ahead);
+        on.run(simd, state, work, [&mut read.rows, &mut read.norms], direct, wanted, ahead);
     }
 }
 
@@ -73,6 +89,7 @@ pub(super) struct On<'a> {
 
 impl On<'_> {
     /// Reads rows and norms, and writes the state `[key_dim, value_dim]`.
+    #[allow(clippy::too_many_arguments)]
     #[inline(always)]
     pub(super) fn run<S: Simd>(
         &self,
@@ -80,6 +97,7 @@ impl On<'_> {
         state: &mut [f32],
         work: &mut Working,
         to: [&mut [f32]; 2],
+        direct: Option<Direct<'_>>,
         wanted: Wanted,
         ahead: Ahead<'_>,
     ) {
@@ -87,9 +105,9 @@ impl On<'_> {
             solve(simd, self, state, work);
         }
         if wanted.reads() {
-            read(simd, self, state, work, to, ahead);
+            read(simd, self, state, work, to, direct, ahead);
         }
-        write(simd, self, state, work, ahead);
+        write(simd, self, state, work, Start::Keep, ahead);
     }
 
     /// What is written: `U` of the tied erase, else the values.
@@ -136,7 +154,7 @@ impl SimdOp for Solve<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { chunk, state, scratch } = self;
-        prepare(simd, &chunk, scratch, Wanted::State, &mut || {});
+        prepare(simd, &chunk, scratch, Wanted::State, true, &mut || {});
         let Scratch { options, prepared, work, .. } = scratch;
         let on = On { o: options, chunk: &chunk, values: chunk.values(options.value_dim), prepared };
         solve(simd, &on, state, work);
@@ -156,13 +174,14 @@ pub(super) fn erase_at(o: &Options, write: usize) -> Option<usize> {
     if o.erase_at == EraseAt::After { Some(write) } else { write.checked_sub(1) }
 }
 
-/// Factors and scores.
+/// Factors and scores; those with what is not seen are made 0 if somebody looks at them.
 #[inline(always)]
 pub(super) fn prepare<S: Simd>(
     simd: S,
     chunk: &Piece<'_>,
     x: &mut Scratch,
     wanted: Wanted,
+    zeros: bool,
     ahead: Ahead<'_>,
 ) {
     let o = x.options;
@@ -171,6 +190,12 @@ pub(super) fn prepare<S: Simd>(
     x.prepared.fading.set(simd, chunk);
     if x.prepared.fading.key_width > 1 && reads {
         fade_queries(chunk, x);
+    }
+    if x.prepared.fading.key_width == 1 {
+        let Prepared { fading, factors, .. } = &mut x.prepared;
+        for (i, factor) in factors[..chunk.len].iter_mut().enumerate() {
+            *factor = read_at(&o, i).filter(|at| *at < chunk.writes).map_or(1.0, |at| fading.down[at]);
+        }
     }
     if (chunk.len == 0 || chunk.writes == 0 || !reads) && o.erase == Erase::None {
         return;
@@ -184,6 +209,7 @@ pub(super) fn prepare<S: Simd>(
         at: &|i| read_at(&o, i),
         seen: &|i| o.seen(i).min(chunk.writes),
         rows: chunk.len,
+        zeros,
     };
     if reads {
         scores(simd, &queries, k, &p.fading, &mut p.qk, ahead);
@@ -205,6 +231,7 @@ pub(super) fn prepare<S: Simd>(
         at: &|w| erase_at(&o, w),
         seen: &|w| w,
         rows: chunk.writes,
+        zeros: true,
     };
     scores(simd, &erasers, k, &p.fading, &mut p.ak, ahead);
     if o.erase == Erase::Untied {

@@ -9,12 +9,12 @@ use super::memory::Memory;
 use super::packed::backward_packed;
 use super::run::{Workspace, forward, packed_sizes, prepare};
 use super::variant::StateVariant;
+use crate::recomputed::store;
 use attn_core::exact::Reference;
 use attn_core::registry::NamedTensors;
 use attn_core::{
-    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Element, Family, Growth, OutMut,
-    Profile, Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, ViewMut,
-    check_like,
+    Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
+    Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView, check_like,
 };
 
 /// A [`StateVariant`], ready to call.
@@ -190,7 +190,7 @@ impl<V: StateVariant> Attention for StateAttention<V> {
         let (o, chunks) = (&plan.stages[0], shape.n_q / chunk_len(&plan, &sizes));
         let left = columns::left_over(o, heads as usize, chunks, threads).filter(|_| columns::fit(&plan));
         let (threads, window) = match left {
-            Some((left, _)) => (threads as u64, left as u64 * columns::bytes(o, threads)),
+            Some(left) => (threads as u64, left.bytes(o, threads)),
             None => (heads.min(threads as u64), 0),
         };
         let allocated =
@@ -252,24 +252,6 @@ impl<V: StateVariant> Differentiable for StateAttention<V> {
             store(out, data);
         }
         Ok(())
-    }
-}
-
-/// Rounds `data [batch, heads, length, width]` into `out`.
-fn store(out: OutMut<'_>, data: &[f32]) {
-    fn typed<E: Element>(out: ViewMut<'_, E>, data: &[f32]) {
-        let mut rows = data.chunks_exact(out.shape()[3].max(1));
-        for mut block in out.into_blocks(usize::MAX) {
-            for i in 0..block.out.len() {
-                let row = rows.next().unwrap_or_default();
-                block.out.row_mut(i).iter_mut().zip(row).for_each(|(o, x)| *o = E::store(*x));
-            }
-        }
-    }
-    match out {
-        OutMut::F32(out) => typed(out, data),
-        OutMut::Bf16(out) => typed(out, data),
-        OutMut::F16(out) => typed(out, data),
     }
 }
 

@@ -8,30 +8,54 @@
 //! ```
 //!
 //! A head goes through a ring of places for groups of chunks. At any time some threads prepare groups, others take some
-//! columns each through the next group that is ready, see [`super::turns`]; the last columns to pass a group store what it has
-//! read. Every number is computed by the operations of one thread in their order: the bits are the same, whichever way is taken.
+//! columns each through the next group that is ready, see [`super::turns`]. Columns store what they have read, unless a back
+//! end wants all of it: then the last columns to pass a group do. Every number is computed by the operations of one thread in their order: the bits are the same, whichever way is taken.
 
 use super::Piece;
-use super::attend::{Ahead, On, pauses};
+use super::attend::{Ahead, Direct, On, pauses};
 use super::chunk::Chunk;
-use super::head::{self, Coming, HeadRows, Step, Widened};
-use super::options::{Decay, Options};
-use super::run::{Call, Workspace, store};
+use super::head::{self, Coming, HeadRows, Step};
+use super::options::{Decay, Erase, Options};
+use super::run::{Call, Store, Workspace, store};
 use super::scratch::{Prepared, Read, Working};
+use super::sums::{self, Slot};
 use super::turns::{Job, Turns};
 use super::variant::{Plan, Reads};
+use attn_core::Element;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use attn_core::tile::{MAX_LANES, prefetch};
 use attn_core::view::RowsMut;
-use attn_core::{DType, Element};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Chunks that are prepared together, and whose output is one piece.
-pub(super) const GROUP: usize = 4;
+const GROUP: usize = 8;
 /// From so many chunks a thread on it is worth while.
-const MIN_CHUNKS: usize = 4 * GROUP;
+const MIN_CHUNKS: usize = 16;
+
+/// How heads that are left over are done.
+#[derive(Clone, Copy)]
+pub(super) struct Left {
+    pub(super) heads: usize,
+    /// Parts of the columns; none where groups of chunks are done apart, see [`super::sums`].
+    pub(super) parts: Option<usize>,
+}
+
+impl Left {
+    /// Chunks whose output is one piece.
+    pub(super) fn group(self) -> usize {
+        if self.parts.is_some() { GROUP } else { sums::GROUP }
+    }
+
+    /// Bytes that this takes.
+    pub(super) fn bytes(self, o: &Options, threads: usize) -> u64 {
+        match self.parts {
+            Some(_) => self.heads as u64 * bytes(o, threads),
+            None => threads as u64 * sums::bytes(o),
+        }
+    }
+}
 
 /// Whether this plan's chunks can be prepared without what is remembered, and columns done apart.
 pub(super) fn fit(plan: &Plan) -> bool {
@@ -43,18 +67,21 @@ pub(super) fn fit(plan: &Plan) -> bool {
         && o.chunk_len > super::RECURRENT_LEN
 }
 
-/// How many of so many heads are left over once every thread has had as many as the others, if their columns are to be done
-/// apart, and in how many parts each.
-pub(super) fn left_over(o: &Options, heads: usize, chunks: usize, threads: usize) -> Option<(usize, usize)> {
+/// The heads that are left over once every thread has had as many as the others, if their chunks or columns are to be done
+/// apart.
+pub(super) fn left_over(o: &Options, heads: usize, chunks: usize, threads: usize) -> Option<Left> {
     let left = heads.checked_rem(threads)?;
     if left == 0 || heads >= 4 * threads || chunks < MIN_CHUNKS * threads {
         return None;
+    }
+    if o.erase == Erase::None {
+        return Some(Left { heads: left, parts: None });
     }
     let most = o.value_dim.div_ceil(MAX_LANES).min(threads);
     // The rounds that the parts take, as a share of what as many whole heads would take.
     let rounds = |parts: usize| (left * parts).div_ceil(threads) as f64 / parts as f64;
     let parts = (1..=most).min_by(|a, b| rounds(*a).total_cmp(&rounds(*b)))?;
-    (parts > 1).then_some((left, parts))
+    (parts > 1).then_some(Left { heads: left, parts: Some(parts) })
 }
 
 /// Places of a head's ring.
@@ -63,7 +90,7 @@ fn places(threads: usize) -> usize {
 }
 
 /// Bytes of a head's ring and parts.
-pub(super) fn bytes(o: &Options, threads: usize) -> u64 {
+fn bytes(o: &Options, threads: usize) -> u64 {
     let len = o.chunk_len;
     let chunk = Prepared::bytes(o, len) + 4 * Chunk::floats(o, len) + Read::bytes(o, len);
     (places(threads) * GROUP * chunk + Working::bytes(o, len) + 4 * o.state_len()) as u64
@@ -71,13 +98,6 @@ pub(super) fn bytes(o: &Options, threads: usize) -> u64 {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A chunk on its way.
-struct Slot<'a> {
-    chunk: Chunk,
-    prepared: Prepared,
-    wide: Widened<'a>,
 }
 
 /// A place for a group of chunks, and what every part reads of it.
@@ -98,8 +118,8 @@ struct Part {
 /// A head on its way.
 pub(super) struct Track<'a, 'b, E> {
     rows: &'b HeadRows<'a, E>,
-    /// The output's pieces, a group each.
-    outs: Vec<Mutex<RowsMut<'a, E>>>,
+    /// The output's pieces, a group each: every part's columns, or all of them for a back end.
+    outs: Vec<Vec<Mutex<RowsMut<'a, E>>>>,
     memory: Mutex<&'b mut [f32]>,
     parts: Vec<Mutex<Part>>,
     columns: Vec<Range<usize>>,
@@ -111,7 +131,7 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
     pub(super) fn new(
         call: &Call<'_>,
         rows: &'b HeadRows<'a, E>,
-        outs: impl Iterator<Item = RowsMut<'a, E>>,
+        outs: Vec<RowsMut<'a, E>>,
         memory: &'b mut [f32],
         parts: usize,
     ) -> Self {
@@ -129,49 +149,33 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
             Part { columns, options, state, work: Working::new(&options, len) }
         };
         let parts: Vec<Part> = (0..parts).map(part).collect();
-        let slot = || Slot {
-            chunk: Chunk::new(&o, len),
-            prepared: Prepared::new(&o, len),
-            wide: Widened::new(call.plan, call.sizes, E::DTYPE != DType::F32),
-        };
         let place = |_| Place {
-            slots: RwLock::new((0..GROUP).map(|_| slot()).collect()),
+            slots: RwLock::new((0..GROUP).map(|_| Slot::new::<E>(call, len)).collect()),
             reads: parts.iter().map(|part| Mutex::new(Read::new(&part.options, GROUP * len))).collect(),
         };
+        let columns: Vec<_> = parts.iter().map(|part| part.columns.clone()).collect();
+        let whole = 0..o.value_dim;
+        let whole = std::slice::from_ref(&whole);
+        let cuts = if call.variant.finishes() { whole } else { &columns[..] };
         Self {
             rows,
-            outs: outs.map(Mutex::new).collect(),
+            outs: outs.into_iter().map(|out| out.into_columns(cuts).map(Mutex::new).collect()).collect(),
             memory: Mutex::new(memory),
             places: (0..places(rayon::current_num_threads())).map(place).collect(),
-            columns: parts.iter().map(|part| part.columns.clone()).collect(),
+            columns,
             parts: parts.into_iter().map(Mutex::new).collect(),
         }
     }
 
     /// Puts a group of `steps` into a place.
-    fn prepare(
-        &self,
-        call: &Call<'_>,
-        isa: Isa,
-        [group, place]: [usize; 2],
-        steps: &[Step],
-        w: &mut Workspace<'a>,
-    ) {
+    fn prepare(&self, call: &Call<'_>, isa: Isa, place: usize, steps: &[Step], w: &mut Workspace<'a>) {
         let mut slots = self.places[place].slots.write().unwrap_or_else(PoisonError::into_inner);
-        let mut out = self.outs.get(group).map(lock);
-        let start = steps[0].tokens.start;
         for (at, (step, slot)) in steps.iter().zip(&mut *slots).enumerate() {
             let x = self.rows.tokens(isa, call.variant, call.sizes, step, &mut slot.wide);
             let pauses = step.tokens.len().div_ceil(MAX_LANES);
             let next = steps.get(at + 1);
             let mut next = next.map(|next| self.rows.ahead(next, pauses).with_values(0..0));
-            let mut stored = step.tokens.start - start..step.tokens.end - start;
-            let mut ahead = || {
-                next.iter_mut().for_each(Coming::fetch);
-                if let Some(out) = &mut out {
-                    stored.by_ref().take(MAX_LANES).for_each(|i| prefetch(out.row_mut(i)));
-                }
-            };
+            let mut ahead = || next.iter_mut().for_each(Coming::fetch);
             let Slot { chunk, prepared, .. } = slot;
             w.stages.prepare(call.variant, call.plan, &x, chunk, prepared, &mut ahead);
         }
@@ -182,7 +186,7 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         &self,
         call: &Call<'_>,
         isa: Isa,
-        [part, place]: [usize; 2],
+        [part, group, place]: [usize; 3],
         steps: &[Step],
         [next, coming]: [Option<&Step>; 2],
     ) {
@@ -191,6 +195,8 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         let (slots, mut read) =
             (place.slots.read().unwrap_or_else(PoisonError::into_inner), lock(&place.reads[part]));
         let Read { rows, norms } = &mut *read;
+        let finishes = call.variant.finishes();
+        let mut out = self.outs.get(group).filter(|_| !finishes).map(|parts| lock(&parts[part]));
         let mut first = 0;
         for (at, (step, slot)) in steps.iter().zip(&*slots).enumerate() {
             let x = self.rows.loaded(call.sizes, isa, step, &slot.wide);
@@ -202,17 +208,40 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
             let coming =
                 coming.filter(|_| last).map(|coming| self.rows.ahead(coming, pauses).with_values(0..0));
             let mut both = [next, coming];
-            let mut ahead = || both.iter_mut().flatten().for_each(Coming::fetch);
             let tokens = first..first + step.tokens.len();
+            let (mut these, mut later) = match &mut out {
+                Some(out) => {
+                    let all = out.len();
+                    let (these, later) = out.rows_mut(first..all).split_at(tokens.len());
+                    (Some(these), Some(later))
+                }
+                None => (None, None),
+            };
+            let mut stored = 0..later.as_ref().map_or(0, |later| later.len().min(tokens.len()));
+            let mut ahead = || {
+                both.iter_mut().flatten().for_each(Coming::fetch);
+                if let Some(later) = &mut later {
+                    let some = tokens.len().div_ceil(pauses);
+                    stored.by_ref().take(some).for_each(|i| prefetch(later.row_mut(i)));
+                }
+            };
+            let direct = these.as_mut().and_then(|these| call.direct(these));
+            let stored_directly = direct.is_some();
             let norms = if o.norm { &mut norms[tokens.clone()] } else { &mut [][..] };
             let to = [&mut rows[tokens.start * o.value_dim..tokens.end * o.value_dim], norms];
             let (prepared, first_column) = (&slot.prepared, columns.start);
-            isa.run(Through { chunk, prepared, o, first_column, state, work, to, ahead: &mut ahead });
+            let ahead = &mut ahead;
+            isa.run(Through { chunk, prepared, o, first_column, state, work, to, direct, ahead });
+            if let Some(out) = these.as_mut().filter(|_| !stored_directly) {
+                let rows = &rows[tokens.start * o.value_dim..tokens.end * o.value_dim];
+                let reads = Reads { rows, norms: &[], scale: o.scale };
+                isa.run(Store { reads, rows: 0..tokens.len(), out });
+            }
             first = tokens.end;
         }
     }
 
-    /// Stores what a group has read.
+    /// Stores what a group has read behind the back end.
     fn store(
         &self,
         call: &Call<'_>,
@@ -221,17 +250,11 @@ impl<'a, 'b, E: Element> Track<'a, 'b, E> {
         steps: &[Step],
         w: &mut Workspace<'a>,
     ) {
-        let Some(out) = self.outs.get(group) else { return };
-        let (mut out, place) = (lock(out), &self.places[place]);
+        let Some(out) = self.outs.get(group).filter(|_| call.variant.finishes()) else { return };
+        let (mut out, place) = (lock(&out[0]), &self.places[place]);
         let slots = place.slots.read().unwrap_or_else(PoisonError::into_inner);
         let reads: Vec<_> = place.reads.iter().map(lock).collect();
         let o = call.plan.stages[0];
-        if !call.variant.finishes() {
-            let parts =
-                reads.iter().zip(&self.columns).map(|(read, columns)| (columns.clone(), &read.rows[..]));
-            let parts: Vec<_> = parts.collect();
-            return isa.run(Join { parts: &parts, scale: o.scale, out: &mut out });
-        }
         let start = steps[0].tokens.start;
         for (step, slot) in steps.iter().zip(&*slots).filter(|(step, _)| !step.tokens.is_empty()) {
             let tokens = step.tokens.start - start..step.tokens.end - start;
@@ -273,13 +296,11 @@ pub(super) fn run<'a, E: Element>(call: &Call<'_>, isa: Isa, steps: &[Step], tra
     let start = || call.workspace(E::DTYPE);
     for_each_task(0..threads, start, |w, _| {
         turns.work(|job| match job {
-            Job::Prepare { track, group, place } => {
-                tracks[track].prepare(call, isa, [group, place], groups[group], w)
-            }
+            Job::Prepare { track, group, place } => tracks[track].prepare(call, isa, place, groups[group], w),
             Job::Pass { track, group, place, part, coming } => {
                 let first = |group: usize| groups.get(group).map(|steps| &steps[0]);
                 let next = [first(group + 1), first(coming)];
-                tracks[track].pass(call, isa, [part, place], groups[group], next);
+                tracks[track].pass(call, isa, [part, group, place], groups[group], next);
             }
             Job::Store { track, group, place } => {
                 tracks[track].store(call, isa, [group, place], groups[group], w);
@@ -298,6 +319,7 @@ struct Through<'a> {
     state: &'a mut [f32],
     work: &'a mut Working,
     to: [&'a mut [f32]; 2],
+    direct: Option<Direct<'a>>,
     ahead: Ahead<'a>,
 }
 
@@ -306,34 +328,10 @@ impl SimdOp for Through<'_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { chunk, prepared, o, first_column, state, work, to, ahead } = self;
+        let Self { chunk, prepared, o, first_column, state, work, to, direct, ahead } = self;
         let all_columns = chunk.v.len() / chunk.writes.max(1);
         let values = chunk.values(all_columns.max(1)).columns_after(first_column);
         let on = On { o, chunk: &chunk, values, prepared };
-        on.run(simd, state, work, to, head::Wanted::Reads, ahead);
-    }
-}
-
-/// What parts have read, side by side, scaled, rounded and stored.
-struct Join<'a, 'o, E> {
-    /// Columns, and `[tokens, columns]`.
-    parts: &'a [(Range<usize>, &'a [f32])],
-    scale: f32,
-    out: &'a mut RowsMut<'o, E>,
-}
-
-impl<E: Element> SimdOp for Join<'_, '_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, _: S) {
-        let Self { parts, scale, out } = self;
-        for i in 0..out.len() {
-            let row = out.row_mut(i);
-            for (columns, reads) in parts {
-                let read = &reads[i * columns.len()..][..columns.len()];
-                row[columns.clone()].iter_mut().zip(read).for_each(|(o, x)| *o = E::store(scale * x));
-            }
-        }
+        on.run(simd, state, work, to, direct, head::Wanted::Reads, ahead);
     }
 }

@@ -270,7 +270,7 @@ impl<'a, E: Element> Head<'a, E> {
         grads.q[cut(&(0..blind(plan, sizes.tokens, sizes.keys)), sizes.head_dim)].fill(0.0);
         let absorb = |step: &Step, memory: &mut [f32], stages: &mut Stages, wide: &mut Widened<'a>| {
             let x = rows.tokens(isa, variant, sizes, step, wide);
-            stages.run(variant, plan, &x, memory, Wanted::State, &mut || {});
+            stages.run(variant, plan, &x, memory, Wanted::State, None, &mut || {});
         };
         let segment = (KEPT / numbers.max(1)).max(MIN_SEGMENT);
         // Memories at the start of the segments.
@@ -362,7 +362,7 @@ impl Back<'_> {
         resized(d_norms, if options.norm { queries } else { 0 });
         if last > 0 || variant.finishes() {
             let (reads, chunk) =
-                stages.run(variant, plan, x, &mut self.memory.to_vec(), Wanted::Reads, &mut || {});
+                stages.run(variant, plan, x, &mut self.memory.to_vec(), Wanted::Reads, None, &mut || {});
             variant.pull_finish(x, chunk, reads, self.d_out, [d_rows, d_norms], to);
         } else {
             fill(variant, plan, x, &mut self.memory[plan.matrices_len()..].to_vec(), &mut stages.chunks[0]);

@@ -1,6 +1,6 @@
 //! One head, step by step: which tokens and keys go together, and the stages they pass.
 
-use super::attend::Ahead;
+use super::attend::{Ahead, Direct};
 use super::inputs::{Extra, Per, Sizes};
 use super::scratch::Prepared;
 use super::variant::{AnyVariant, Given, Plan, Reads, Tokens, copy};
@@ -264,7 +264,9 @@ impl Stages {
         self.engines[0].prepare(x.isa, piece, prepared, ahead);
     }
 
-    /// Runs a step: `memory` becomes that after it; the last stage calls `ahead`. Gives what the last stage reads, and its chunk.
+    /// Runs a step: `memory` becomes that after it; the last stage calls `ahead`. Gives what the last stage reads, if it has not
+    /// been stored directly, and its chunk.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn run(
         &mut self,
         variant: &dyn AnyVariant,
@@ -272,6 +274,7 @@ impl Stages {
         x: &Tokens<'_>,
         memory: &mut [f32],
         wanted: Wanted,
+        direct: Option<Direct<'_>>,
         ahead: Ahead<'_>,
     ) -> (Reads<'_>, &Chunk) {
         let Self { engines, chunks, reads } = self;
@@ -297,7 +300,7 @@ impl Stages {
             }
             let given = if stage == 0 { variant.given() } else { Given::default() };
             let piece = piece_of(&chunks[stage], options, plan.keys_per_token, x, given);
-            return (engines[stage].run_wanted(x.isa, piece, matrix, wanted, ahead), &chunks[stage]);
+            return (engines[stage].run_wanted(x.isa, piece, matrix, wanted, direct, ahead), &chunks[stage]);
         }
         unreachable!("a plan has stages")
     }

@@ -45,6 +45,7 @@ mod scores;
 mod scratch;
 mod solve;
 mod step;
+mod sums;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -65,7 +66,7 @@ pub(crate) use run::sequences;
 pub use variant::{Given, Plan, Pull, Reads, StateVariant, Tokens};
 pub(crate) use variant::{copy, copy_or};
 
-use attend::{Ahead, Attend, Solve};
+use attend::{Ahead, Attend, Direct, Solve};
 use attn_core::simd::Isa;
 use backward::{BackScratch, Backward};
 use head::Wanted;
@@ -123,23 +124,24 @@ impl Engine {
     /// # Panics
     /// If `chunk` or `state` have not the sizes that the options give them, or the chunk is longer than the engine's.
     pub fn run(&mut self, isa: Isa, chunk: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
-        self.run_wanted(isa, chunk, state, Wanted::Reads, &mut || {})
+        self.run_wanted(isa, chunk, state, Wanted::Reads, None, &mut || {})
     }
 
     /// [`Engine::run`] for what is wanted. Where there are products it calls `ahead` between them, with reads at least
-    /// [`attend::pauses`] times.
+    /// [`attend::pauses`] times. Rows that have been stored directly are not told again.
     fn run_wanted(
         &mut self,
         isa: Isa,
         chunk: Piece<'_>,
         state: &mut [f32],
         wanted: Wanted,
+        direct: Option<Direct<'_>>,
         ahead: Ahead<'_>,
     ) -> Reads<'_> {
         let o = self.scratch.options;
         assert_eq!(state.len(), o.state_len(), "state");
         let scratch = &mut self.scratch;
-        let reads = chunk.len * o.value_dim;
+        let mut reads = chunk.len * o.value_dim;
         match &mut self.other {
             Other::Oja(oja) => return oja.run(isa, chunk, state),
             Other::Regression(regression) => return regression.run(isa, chunk, state),
@@ -154,7 +156,12 @@ impl Engine {
             {
                 isa.run(Steps { chunk, state, scratch, to_next: self.to_next });
             }
-            Other::None => isa.run(Attend { chunk, state, scratch, wanted, ahead }),
+            Other::None => {
+                if direct.is_some() {
+                    reads = 0;
+                }
+                isa.run(Attend { chunk, state, scratch, wanted, direct, ahead });
+            }
         }
         let norms = if o.norm { &self.scratch.read.norms[..chunk.len] } else { &[] };
         Reads { rows: &self.scratch.read.rows[..reads], norms, scale: o.scale }
@@ -164,7 +171,7 @@ impl Engine {
     fn prepare(&mut self, isa: Isa, chunk: Piece<'_>, to: &mut Prepared, ahead: Ahead<'_>) {
         std::mem::swap(&mut self.scratch.prepared, to);
         let (scratch, wanted) = (&mut self.scratch, Wanted::Nothing);
-        isa.run(Attend { chunk, state: &mut [], scratch, wanted, ahead });
+        isa.run(Attend { chunk, state: &mut [], scratch, wanted, direct: None, ahead });
         std::mem::swap(&mut self.scratch.prepared, to);
     }
 

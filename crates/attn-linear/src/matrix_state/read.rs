@@ -1,15 +1,23 @@
 //! What a chunk's tokens read.
 
-use super::attend::{Ahead, On, read_at, rows_finite};
+use super::attend::{Ahead, Direct, On, read_at, rows_finite};
 use super::fading::{Fading, weigh};
 use super::lanes::{across, dot, scale, sum};
 use super::scores::{BLOCK, Triangle};
 use super::scratch::Working;
 use super::{Decay, Erase, Options, Piece, Read};
 use attn_core::simd::{Simd, SimdBase};
-use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, TileMut, all_finite, product};
+use attn_core::tile::{
+    CausalProduct, Lhs, MAX_LANES, Rhs, Start, TileMut, all_finite, causal_product, product,
+};
+use attn_core::view::RowsMut;
 
-/// Rows, a block of them at a time, and norms.
+/// Whether past and chunk are read at once: one triangle of scores, whose rows see what they see and no more.
+pub(super) fn at_once(o: &Options) -> bool {
+    o.erase != Erase::Untied && o.decay != Decay::Value
+}
+
+/// Rows, a block of them at a time, to where they are stored or to `reads`, and norms.
 #[inline(always)]
 pub(super) fn read<S: Simd>(
     simd: S,
@@ -17,12 +25,61 @@ pub(super) fn read<S: Simd>(
     state: &[f32],
     x: &mut Working,
     [reads, to_norms]: [&mut [f32]; 2],
+    direct: Option<Direct<'_>>,
     ahead: Ahead<'_>,
 ) {
     let On { o, chunk, prepared: p, .. } = *on;
     let Options { key_dim, value_dim, .. } = *o;
+    if !at_once(o) {
+        return read_apart(simd, on, state, x, reads, ahead);
+    }
     let own = usize::from(o.read == Read::Pre);
-    let seen = |i: usize| (o.seen(i) + own).min(chunk.writes);
+    let direct = direct.unwrap_or_else(|| Direct {
+        rows: RowsMut::new(&mut reads[..chunk.len * value_dim], value_dim, value_dim),
+        scale: 1.0,
+    });
+    let Direct { mut rows, scale } = direct;
+    let (queries, factors) = match p.fading.key_width {
+        0 => (chunk.q, &[][..]),
+        1 => (chunk.q, &p.factors[..]),
+        _ => (&p.q_faded[..], &[][..]),
+    };
+    let values = on.written(&x.solved);
+    for first in (0..chunk.len).step_by(BLOCK) {
+        let these = first..(first + BLOCK).min(chunk.len);
+        let product = CausalProduct {
+            a: Lhs { data: &queries[first * key_dim..], row_stride: key_dim, col_stride: 1 },
+            b: Rhs { data: state, stride: value_dim },
+            k: key_dim,
+            factors: &factors[first.min(factors.len())..],
+            w: Lhs { data: &p.qk[first * p.stride..], row_stride: p.stride, col_stride: 1 },
+            v: values,
+            first: o.seen(first) + own,
+            each: o.writes,
+            most: chunk.writes,
+            scale,
+        };
+        causal_product(simd, &product, &mut rows.rows_mut(these));
+        ahead();
+    }
+    if o.norm {
+        norms(simd, on, &state[o.matrix_len()..], to_norms);
+    }
+}
+
+/// Rows, a block of them at a time: with two triangles, or one whose values fade.
+#[inline(always)]
+fn read_apart<S: Simd>(
+    simd: S,
+    on: &On<'_>,
+    state: &[f32],
+    x: &mut Working,
+    reads: &mut [f32],
+    ahead: Ahead<'_>,
+) {
+    let On { o, chunk, prepared: p, .. } = *on;
+    let Options { key_dim, value_dim, .. } = *o;
+    let seen = |i: usize| o.seen(i).min(chunk.writes);
     let values = on.written(&x.solved);
     let solved = Rhs { data: &x.solved, stride: value_dim };
     // Decays of values weigh what the chunk gives.
@@ -41,8 +98,7 @@ pub(super) fn read<S: Simd>(
         );
         if p.fading.key_width == 1 {
             for i in rows.clone() {
-                let down = read_at(o, i).map_or(1.0, |at| p.fading.down[at]);
-                scale(simd, down, &mut reads[i * value_dim..][..value_dim]);
+                scale(simd, p.factors[i], &mut reads[i * value_dim..][..value_dim]);
             }
         }
         if within {
@@ -59,9 +115,6 @@ pub(super) fn read<S: Simd>(
             }
         }
         ahead();
-    }
-    if o.norm {
-        norms(simd, on, &state[o.matrix_len()..], to_norms);
     }
     if chunk.writes > 0 && o.decay == Decay::Value {
         let qk = Triangle { data: &p.qk, stride: p.stride, seen: &seen };

@@ -11,7 +11,8 @@
 //! (H_i + Lambda) y_i = G_i do_i      dq_i = y_i      dLambda = -sum_i y_i o x_i      dG_i += x_i do_i^T      dH_i += -y_i x_i^T
 //! ```
 //!
-//! so that `x` reads `G` and `y` reads `H` as queries of a sum of writes do, whose gradients those of the state are.
+//! so that `x` reads `G` and `y` reads `H` as queries of a sum of writes do, whose gradients those of the state are. The right
+//! sides `G_i do_i` are what the queries `do` read from `G^T`, the sum of the same writes with keys and values exchanged.
 
 use super::attend::{On, prepare};
 use super::head::Wanted;
@@ -31,6 +32,8 @@ const ARRIVED: f32 = 4e-14;
 pub(super) struct Regression {
     options: Options,
     sums: Box<Engine>,
+    /// Of `G^T` alone.
+    turned: Box<Engine>,
     /// Of `H` alone.
     matrix: Scratch,
     h: Vec<f32>,
@@ -47,11 +50,13 @@ pub(super) struct Regression {
 impl Regression {
     pub(super) fn new(o: &Options, len: usize) -> Self {
         let sums = Box::new(Engine::new(&Options { recurrence: None, ..*o }, len));
+        let turned = Box::new(Engine::new(&Self::turned(o), len));
         let matrix = Scratch::new(&Self::matrix(o), len);
         let [h, keys, residuals, directions, read, adjoint] = [const { Vec::new() }; 6];
         Self {
             options: *o,
             sums,
+            turned,
             matrix,
             h,
             keys,
@@ -67,6 +72,7 @@ impl Regression {
     pub(super) fn bytes(o: &Options, len: usize) -> usize {
         let rows = 4 * len * o.key_dim;
         Engine::bytes(&Options { recurrence: None, ..*o }, len)
+            + Engine::bytes(&Self::turned(o), len)
             + Scratch::bytes(&Self::matrix(o), len)
             + 4 * (o.key_dim * o.key_dim + rows)
     }
@@ -75,8 +81,20 @@ impl Regression {
         Options { value_dim: o.key_dim, recurrence: None, ..*o }
     }
 
+    /// Without values there is a column all the same.
+    fn turned(o: &Options) -> Options {
+        let values = (o.value_dim - o.key_dim).max(1);
+        Options { key_dim: values, value_dim: o.key_dim, recurrence: None, ..*o }
+    }
+
     /// As [`Engine::run`].
     pub(super) fn run(&mut self, isa: Isa, x: Piece<'_>, state: &mut [f32]) -> Reads<'_> {
+        self.solve(isa, x, state);
+        self.sums.run(isa, Piece { q: &self.read, bonus: &[], ..x }, state)
+    }
+
+    /// `(H_i + Lambda)^-1 q_i` of every token into `read`.
+    fn solve(&mut self, isa: Isa, x: Piece<'_>, state: &[f32]) {
         let (n, width) = (self.options.key_dim, self.options.value_dim);
         self.h.clear();
         self.h.extend(state.chunks_exact(width).flat_map(|row| &row[..n]));
@@ -90,7 +108,22 @@ impl Regression {
         if arrived.contains(&false) {
             isa.run(Factorise { o: &self.options, x, state: state.to_vec(), read, arrived: &arrived });
         }
-        self.sums.run(isa, Piece { q: &self.read, bonus: &[], ..x }, state)
+    }
+
+    /// `G_i do_i` of every token.
+    fn right_sides(&mut self, isa: Isa, x: Piece<'_>, state: &[f32], d_reads: &[f32]) -> Vec<f32> {
+        let (n, width) = (self.options.key_dim, self.options.value_dim);
+        if width == n {
+            return vec![0.0; x.q.len()];
+        }
+        let values = |rows: &[f32]| -> Vec<f32> {
+            rows.chunks_exact(width).flat_map(|row| &row[n..]).copied().collect()
+        };
+        let (d, v) = (values(d_reads), values(x.v));
+        let columns = (n..width).flat_map(|c| state.iter().skip(c).step_by(width));
+        let mut turned: Vec<f32> = columns.copied().collect();
+        let piece = Piece { q: &d, k: &v, v: x.k, bonus: &[], ..x };
+        self.turned.run(isa, piece, &mut turned).rows.to_vec()
     }
 
     /// As [`Engine::backward`]; the gradients of `Lambda` are those of the bonus.
@@ -103,10 +136,12 @@ impl Regression {
         d_state: &mut [f32],
         grads: &mut Chunk,
     ) {
-        let o = &self.options;
-        let (n, width) = (o.key_dim, o.value_dim);
+        let (n, width) = (self.options.key_dim, self.options.value_dim);
+        let right = self.right_sides(isa, x, state, d_reads);
+        self.solve(isa, Piece { q: &right, ..x }, state);
+        std::mem::swap(&mut self.read, &mut self.adjoint);
+        self.solve(isa, x, state);
         let Self { sums, read, adjoint, .. } = self;
-        isa.run(Solutions { o, x, state: state.to_vec(), d_reads, read, adjoint });
         let bonus = (0..n).map(|c| {
             let all = read.iter().zip(&*adjoint).skip(c).step_by(n);
             -all.map(|(x, y)| x * y).sum::<f32>()
@@ -181,11 +216,11 @@ impl SimdOp for Descend<'_> {
                 return;
             }
             let queries = Piece { q: directions, ..piece };
-            prepare(simd, &queries, matrix, Wanted::Reads, &mut || {});
+            prepare(simd, &queries, matrix, Wanted::Reads, false, &mut || {});
             let Scratch { options, prepared, work, read: to, .. } = &mut *matrix;
             let values = queries.values(options.value_dim);
             let on = On { o: options, chunk: &queries, values, prepared };
-            read(simd, &on, h, work, [&mut to.rows, &mut to.norms], &mut || {});
+            read(simd, &on, h, work, [&mut to.rows, &mut to.norms], None, &mut || {});
             let rows = x.chunks_exact_mut(n).zip(residuals.chunks_exact_mut(n));
             let rows = rows.zip(directions.chunks_exact_mut(n)).zip(to.rows.chunks_exact_mut(n));
             for (i, (((x, r), p), product)) in rows.enumerate() {
@@ -238,41 +273,6 @@ impl SimdOp for Factorise<'_> {
                 own.copy_from_slice(&x.q[i * n..][..n]);
                 solve(n, &factor, own);
             }
-        }
-    }
-}
-
-/// `x` and `y` of every token.
-struct Solutions<'a> {
-    o: &'a Options,
-    x: Piece<'a>,
-    state: Vec<f32>,
-    d_reads: &'a [f32],
-    read: &'a mut Vec<f32>,
-    adjoint: &'a mut Vec<f32>,
-}
-
-impl SimdOp for Solutions<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, _: S) {
-        let Self { o, x, mut state, d_reads, read, adjoint } = self;
-        let (n, width) = (o.key_dim, o.value_dim);
-        let mut factor = vec![0.0; n * n];
-        read.clear();
-        read.extend_from_slice(x.q);
-        adjoint.clear();
-        adjoint.resize(x.q.len(), 0.0);
-        let rows = read.chunks_exact_mut(n).zip(adjoint.chunks_exact_mut(n));
-        for (i, ((own, adjoint), d)) in rows.zip(d_reads.chunks_exact(width)).enumerate() {
-            absorb(o, &x, i, &mut state);
-            factorise(o, x.bonus, &state, &mut factor);
-            solve(n, &factor, own);
-            for (y, row) in adjoint.iter_mut().zip(state.chunks_exact(width)) {
-                *y = row[n..].iter().zip(&d[n..]).map(|(s, d)| s * d).sum();
-            }
-            solve(n, &factor, adjoint);
         }
     }
 }

@@ -1,10 +1,11 @@
 //! All heads of a problem: each a task of its own, chunk by chunk.
 
-use super::attend::pauses;
-use super::columns::{self, GROUP, Track};
+use super::attend::{Direct, pauses};
+use super::columns::{self, Left, Track};
 use super::head::{HeadRows, Stages, Step, Wanted, Widened, blind, chunk_len, extra_range, steps};
 use super::inputs::{Inputs, Sizes};
 use super::memory::Memory;
+use super::sums;
 use super::variant::{AnyVariant, Plan, Reads, Tokens};
 use super::{Chunk, RECURRENT_LEN};
 use attn_core::parallel::for_each_task;
@@ -155,7 +156,7 @@ impl Call<'_> {
         let mut tasks: Vec<Head<'_, E>> = tasks.collect();
         let isa = Isa::current();
         let start = || self.workspace(E::DTYPE);
-        let mut left = tasks.split_off(tasks.len() - apart.heads.min(tasks.len()));
+        let mut left = tasks.split_off(tasks.len() - apart.left.heads.min(tasks.len()));
         if tasks.is_empty() {
         } else if tasks.len() as u64 * plan.flops(sizes) < SERIAL_FLOPS {
             let mut workspace = start();
@@ -171,7 +172,7 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
-    /// The heads that are left over, if their columns are to be done apart.
+    /// The heads that are left over, if their chunks or columns are to be done apart.
     fn apart(&self) -> Apart {
         let Self { sizes, plan, .. } = *self;
         let len = chunk_len(plan, sizes);
@@ -179,11 +180,16 @@ impl Call<'_> {
         let fit = columns::fit(plan) && self.cuts.len() == 1 && blind(plan, sizes.tokens, sizes.keys) == 0;
         let left = columns::left_over(&plan.stages[0], heads, sizes.tokens / len, threads);
         match left.filter(|_| fit && len > RECURRENT_LEN) {
-            Some((heads, parts)) => {
-                Apart { steps: steps(plan, len, sizes.tokens, sizes.keys).collect(), heads, parts }
-            }
-            None => Apart::default(),
+            Some(left) => Apart { steps: steps(plan, len, sizes.tokens, sizes.keys).collect(), left },
+            None => Apart { steps: Vec::new(), left: Left { heads: 0, parts: None } },
         }
+    }
+
+    /// Rows that may take what is read as it is: without a back end, and where they are f32.
+    pub(super) fn direct<'o, E: Element>(&self, rows: &'o mut RowsMut<'_, E>) -> Option<Direct<'o>> {
+        let o = self.plan.stages.last()?;
+        let rows = rows.as_f32().filter(|_| Direct::takes(o) && !self.variant.finishes())?;
+        Some(Direct { rows, scale: o.scale })
     }
 
     pub(super) fn workspace<'w>(&self, dtype: DType) -> Workspace<'w> {
@@ -191,12 +197,10 @@ impl Call<'_> {
     }
 }
 
-/// Heads whose columns are done apart, the last ones.
-#[derive(Default)]
+/// Heads whose chunks or columns are done apart, the last ones.
 struct Apart {
     steps: Vec<Step>,
-    heads: usize,
-    parts: usize,
+    left: Left,
 }
 
 impl Apart {
@@ -209,7 +213,7 @@ impl Apart {
     /// The tokens of groups of steps, and those of a last step that is too short.
     fn groups(&self) -> Vec<Range<usize>> {
         let (long, short) = self.long();
-        long.chunks(GROUP)
+        long.chunks(self.left.group())
             .chain(short.chunks(1))
             .map(|steps| steps[0].tokens.start..steps[steps.len() - 1].tokens.end)
             .collect()
@@ -217,19 +221,28 @@ impl Apart {
 
     fn run<'a, E: Element>(&self, call: &Call<'_>, isa: Isa, heads: &mut [Head<'a, E>]) {
         let (long, short) = self.long();
-        let groups = long.len().div_ceil(GROUP);
-        let tracks = heads.iter_mut().map(|head| {
-            let outs = head.outs.drain(..groups.min(head.outs.len()));
-            Track::new(call, &head.rows, outs, head.memory, self.parts)
+        let groups = long.len().div_ceil(self.left.group());
+        let heads_and_outs = heads.iter_mut().map(|head| {
+            let outs: Vec<_> = head.outs.drain(..groups.min(head.outs.len())).collect();
+            (&head.rows, outs, &mut *head.memory)
         });
-        columns::run(call, isa, long, tracks.collect());
+        match self.left.parts {
+            Some(parts) => {
+                let track = |(rows, outs, memory)| Track::new(call, rows, outs, memory, parts);
+                columns::run(call, isa, long, heads_and_outs.map(track).collect());
+            }
+            None => {
+                let track = |(rows, outs, memory)| (sums::Track::new(rows, memory), outs);
+                sums::run(call, isa, long, heads_and_outs.map(track).collect());
+            }
+        }
         for head in heads {
             for (step, out) in short.iter().zip(&mut head.outs) {
                 let mut w = call.workspace(E::DTYPE);
                 let x = head.rows.tokens(isa, call.variant, call.sizes, step, &mut w.wide);
                 let wanted = Wanted::Reads;
                 let (reads, chunk) =
-                    w.stages.run(call.variant, call.plan, &x, head.memory, wanted, &mut || {});
+                    w.stages.run(call.variant, call.plan, &x, head.memory, wanted, None, &mut || {});
                 store(call, isa, &x, chunk, reads, &mut w.out, 0..step.tokens.len(), out);
             }
         }
@@ -302,18 +315,27 @@ impl<'a, E: Element> Head<'a, E> {
                 out = outs.next();
             }
             let tokens = step.tokens.start - first..step.tokens.end - first;
-            let mut these = tokens.clone();
+            let (mut these, mut later) = match &mut out {
+                Some(out) => {
+                    let rows = out.len();
+                    let (these, later) = out.rows_mut(tokens.start.min(rows)..rows).split_at(tokens.len());
+                    (Some(these), Some(later))
+                }
+                None => (None, None),
+            };
+            let mut coming = 0..later.as_ref().map_or(0, |later| later.len().min(len));
             let mut ahead = || {
                 if let Some(next) = &mut next {
                     next.fetch();
                 }
-                if let Some(out) = &mut out {
-                    these.by_ref().take(len.div_ceil(parts)).for_each(|i| prefetch(out.row_mut(i)));
+                if let Some(later) = &mut later {
+                    coming.by_ref().take(len.div_ceil(parts)).for_each(|i| prefetch(later.row_mut(i)));
                 }
             };
-            let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, &mut ahead);
-            if let Some(out) = out.as_mut().filter(|_| !tokens.is_empty()) {
-                store(call, isa, &x, chunk, reads, &mut w.out, tokens, out);
+            let direct = these.as_mut().and_then(|these| call.direct(these));
+            let (reads, chunk) = w.stages.run(variant, plan, &x, memory, Wanted::Reads, direct, &mut ahead);
+            if let Some(out) = these.as_mut().filter(|_| !reads.rows.is_empty()) {
+                store(call, isa, &x, chunk, reads, &mut w.out, 0..tokens.len(), out);
             }
         }
     }
@@ -340,10 +362,10 @@ pub(super) fn store<E: Element>(
 }
 
 /// Scales, rounds and stores what some rows have read.
-struct Store<'a, 'o, E> {
-    reads: Reads<'a>,
-    rows: Range<usize>,
-    out: &'a mut RowsMut<'o, E>,
+pub(super) struct Store<'a, 'o, E> {
+    pub(super) reads: Reads<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) out: &'a mut RowsMut<'o, E>,
 }
 
 impl<E: Element> SimdOp for Store<'_, '_, E> {

@@ -25,6 +25,8 @@ pub(super) struct Readers<'a> {
     /// The writes it sees.
     pub(super) seen: &'a dyn Fn(usize) -> usize,
     pub(super) rows: usize,
+    /// Whether somebody looks at scores with what a reader does not see: they are to be 0.
+    pub(super) zeros: bool,
 }
 
 /// What is read: the writes' vectors as columns, `stride` apart.
@@ -107,8 +109,10 @@ pub(super) fn scores<S: Simd>(
                 pairs(simd, x, at, columns, fading, &mut row[..width]);
             }
             fading.weigh_scores(simd, at, &mut row[..seen]);
-            // Not left to a weight of 0: it would keep a NaN.
-            row[seen..width].fill(0.0);
+            if readers.zeros {
+                // Not left to a weight of 0: it would keep a NaN.
+                row[seen..width].fill(0.0);
+            }
         }
         ahead();
     }

@@ -10,6 +10,8 @@ pub(super) struct Prepared {
     pub(super) fading: Fading,
     pub(super) stride: usize,
     pub(super) q_faded: Vec<f32>,
+    /// With one decay a token: what a query's read of the state before the chunk has faded to, `[len]`.
+    pub(super) factors: Vec<f32>,
     pub(super) a_faded: Vec<f32>,
     /// `A`, `B [len, stride]`; `P`, `R [writes, stride]`. Tied, `P` is in `ak`; untied, it is in `ab`.
     pub(super) qk: Vec<f32>,
@@ -62,6 +64,7 @@ impl Prepared {
             fading: Fading::new(options, writes),
             stride,
             q_faded: buffer(true, len * key_dim),
+            factors: buffer(options.decay != Decay::None, len),
             a_faded: buffer(erases, writes * key_dim),
             qk: buffer(true, len * stride),
             qb: buffer(untied, len * stride),
@@ -81,7 +84,8 @@ impl Prepared {
             Erase::Untied => (1, 1),
         };
         let scores = (1 + untied) * stride * (len + writes * erases);
-        4 * (len * key_dim + writes * erases * key_dim + scores) + Fading::bytes(options, writes)
+        let factors = if options.decay == Decay::None { 0 } else { len };
+        4 * (len * key_dim + factors + writes * erases * key_dim + scores) + Fading::bytes(options, writes)
     }
 
     /// Makes the scores zero where a chunk of these sizes leaves them alone: beyond the columns that a block of rows sees.

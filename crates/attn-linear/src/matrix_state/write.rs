@@ -9,9 +9,17 @@ use super::{Decay, Erase, Options};
 use attn_core::simd::Simd;
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
 
-/// The state after the chunk, a block of its rows at a time.
+/// The state after the chunk, a block of its rows at a time; or, from [`Start::Zero`] and without an untied erase, what the
+/// chunk adds to it.
 #[inline(always)]
-pub(super) fn write<S: Simd>(simd: S, on: &On<'_>, state: &mut [f32], x: &mut Working, ahead: Ahead<'_>) {
+pub(super) fn write<S: Simd>(
+    simd: S,
+    on: &On<'_>,
+    state: &mut [f32],
+    x: &mut Working,
+    start: Start,
+    ahead: Ahead<'_>,
+) {
     let On { o, chunk, prepared, .. } = *on;
     let Options { key_dim, value_dim, decay, erase, .. } = *o;
     let writes = chunk.writes;
@@ -35,7 +43,7 @@ pub(super) fn write<S: Simd>(simd: S, on: &On<'_>, state: &mut [f32], x: &mut Wo
     for first in (0..key_dim).step_by(BLOCK) {
         let rows = first..(first + BLOCK).min(key_dim);
         let block = &mut state[rows.start * value_dim..rows.end * value_dim];
-        for (c, row) in rows.clone().zip(block.chunks_exact_mut(value_dim)) {
+        for (c, row) in rows.clone().zip(block.chunks_exact_mut(value_dim)).filter(|_| start == Start::Keep) {
             fade(simd, if decay == Decay::Key { &loss[c..c + 1] } else { loss }, row);
         }
         product(
@@ -44,11 +52,13 @@ pub(super) fn write<S: Simd>(simd: S, on: &On<'_>, state: &mut [f32], x: &mut Wo
             Lhs { data: &keys[first..], row_stride: 1, col_stride: key_dim },
             values,
             TileMut { data: block, stride: value_dim },
-            Start::Keep,
+            start,
         );
         ahead();
     }
-    fade(simd, loss, z);
+    if start == Start::Keep {
+        fade(simd, loss, z);
+    }
     if erase == Erase::Untied {
         let directions = if decay == Decay::None {
             chunk.b
@@ -77,7 +87,7 @@ pub(super) fn write<S: Simd>(simd: S, on: &On<'_>, state: &mut [f32], x: &mut Wo
             Lhs { data: weights, row_stride: 0, col_stride: 1 },
             Rhs { data: keys, stride: key_dim },
             TileMut { data: z, stride: key_dim },
-            Start::Keep,
+            start,
         );
     }
 }

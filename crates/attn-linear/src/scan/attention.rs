@@ -2,10 +2,11 @@
 
 use super::driver::{backward, forward, workspace_bytes};
 use super::{Cell, ScanState, Tokens};
+use crate::recomputed::{Recomputed, differentiable};
 use attn_core::exact::Reference;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, StreamShape, StreamState, Streaming, Target, TensorView,
+    Qkv, Result, StreamShape, StreamState, Streaming, Target, TensorView,
 };
 
 /// What a scan makes of q, k and v alone: a cell with the constants of its configuration.
@@ -199,41 +200,15 @@ impl<V: ScanVariant> Attention for ScanAttention<V> {
     }
 }
 
-impl<V: ScanVariant> Differentiable for ScanAttention<V> {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        // The states before the pieces cost less to compute again than to keep.
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+// The states before the pieces cost less to compute again than to keep.
+differentiable!(impl <V: ScanVariant> for ScanAttention<V>);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        _: TensorView<'_>,
-        _: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
+impl<V: ScanVariant> Recomputed for ScanAttention<V> {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         let cell = self.cell(&x.shape())?;
-        grads.check(&x)?;
         let all = backward(&cell, &tokens(&x)?, None, &grad_out, None)?;
-        for (out, grad) in [grads.q, grads.k, grads.v].into_iter().zip(&all.inputs) {
-            store(out, grad);
-        }
-        Ok(())
-    }
-}
-
-/// Rounds a row-major tensor into `out`.
-pub(crate) fn store(out: OutMut<'_>, from: &[f32]) {
-    let [_, _, n, width] = out.shape();
-    if n == 0 || width == 0 {
-        return;
-    }
-    for (head, from) in out.into_cuts(vec![0..n; 1]).iter_mut().zip(from.chunks_exact(n * width)) {
-        for (i, row) in from.chunks_exact(width).enumerate() {
-            head.store(i, row.iter().copied());
-        }
+        let mut all = all.inputs.into_iter();
+        Ok(std::array::from_fn(|_| all.next().unwrap_or_default()))
     }
 }
 

@@ -22,7 +22,6 @@ pub(crate) mod outer;
 mod state;
 mod tokens;
 
-pub(crate) use attention::store;
 pub use attention::{HeadInputs, ScanAttention, ScanVariant};
 pub use cell::{Cell, Panel, PanelMut, Piece, PieceGrads};
 pub use driver::{Gradients, backward, forward};

@@ -146,15 +146,13 @@ fn block_layouts() {
         let globals = GlobalBlocks { starts: vec![0, 4], ends: if block == 3 { vec![2, 7] } else { vec![] } };
         for num_random_blocks in [0, 2] {
             let seed = 3;
-            let num_sliding_window_blocks = 3;
+            let local = LocalLayout { block, num_sliding_window_blocks: 3, causal };
             for different_layout_per_head in [false, true] {
                 check_layout(BigBirdLayout {
-                    block,
+                    local,
                     num_random_blocks,
-                    num_sliding_window_blocks,
                     num_global_blocks: 2,
                     different_layout_per_head,
-                    causal,
                     seed,
                 });
                 check_layout(VariableLayout {
@@ -189,13 +187,8 @@ fn block_layouts() {
                     causal,
                 });
             }
-            check_layout(LocalLayout { block, num_sliding_window_blocks, causal });
-            check_layout(LongformerLayout {
-                block,
-                num_sliding_window_blocks,
-                globals: globals.clone(),
-                causal,
-            });
+            check_layout(local);
+            check_layout(LongformerLayout { local, globals: globals.clone() });
         }
     }
 }

@@ -187,6 +187,12 @@ fn same(case: &GoldenCase, names: &[&str]) -> Options {
     given.fold(Options::new(), |options, (name, value)| options.with(name, value))
 }
 
+/// The neighbouring blocks of a case.
+fn local(case: &GoldenCase, causal: bool) -> LocalLayout {
+    let num_sliding_window_blocks = size(case, "num_sliding_window_blocks");
+    LocalLayout { block: size(case, "block"), num_sliding_window_blocks, causal }
+}
+
 #[test]
 fn derived_block_layouts() {
     let names = [
@@ -218,21 +224,13 @@ fn derived_block_layouts() {
         check_run(&case, "block-layout-fixed", same(&case, &names), &["block_mask"]);
     }
     for case in cases("block-layout-bslongformer", 1) {
-        let layout = LongformerLayout {
-            block: size(&case, "block"),
-            num_sliding_window_blocks: size(&case, "num_sliding_window_blocks"),
-            globals: GlobalBlocks { starts: sizes(&case, "global_block_indices"), ends: Vec::new() },
-            causal: flag(&case, "causal"),
-        };
+        let globals = GlobalBlocks { starts: sizes(&case, "global_block_indices"), ends: Vec::new() };
+        let layout = LongformerLayout { local: local(&case, flag(&case, "causal")), globals };
         check_mask(&case, &layout.mask(&shape(&case)).unwrap());
         check_run(&case, "block-layout-bslongformer", same(&case, &names), &[]);
     }
     for case in cases("block-layout-localslidingwindow", 1) {
-        let layout = LocalLayout {
-            block: size(&case, "block"),
-            num_sliding_window_blocks: size(&case, "num_sliding_window_blocks"),
-            causal: flag(&case, "causal"),
-        };
+        let layout = local(&case, flag(&case, "causal"));
         check_mask(&case, &layout.mask(&shape(&case)).unwrap());
         check_run(&case, "block-layout-localslidingwindow", same(&case, &names), &[]);
     }
@@ -242,12 +240,10 @@ fn derived_block_layouts() {
 fn random_block_layouts() {
     for case in cases("block-layout-bigbird", 1) {
         let layout = BigBirdLayout {
-            block: size(&case, "block"),
+            local: local(&case, true),
             num_random_blocks: 0,
-            num_sliding_window_blocks: size(&case, "num_sliding_window_blocks"),
             num_global_blocks: size(&case, "num_global_blocks"),
             different_layout_per_head: true,
-            causal: true,
             seed: 0,
         };
         check_blocks(&case, &layout, size(&case, "num_random_blocks"), false);

@@ -19,14 +19,15 @@ mod sums;
 
 pub(crate) use registry::entries;
 
+use crate::recomputed::{Recomputed, differentiable};
+use crate::scan::Tokens;
 use crate::scan::math::sigmoid64;
-use crate::scan::{Tokens, store};
 use attn_core::exact::Reference;
 use attn_core::simd::Isa;
 use attn_core::tile::MAX_LANES;
 use attn_core::{
     Attention, AttnError, AttnShape, Causality, Cost, DType, Differentiable, Family, Growth, OutMut, Profile,
-    Qkv, QkvGrads, Result, Saved, Target, TensorView,
+    Qkv, Result, Target, TensorView,
 };
 use heads::{Gate, GateBack, Heads};
 use passes::{Back, Means, Pairs, Rows, gradients, means};
@@ -303,25 +304,11 @@ impl Attention for AftFull {
     }
 }
 
-impl Differentiable for AftFull {
-    fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        self.forward(x, out)?;
-        Ok(Saved::new(()))
-    }
+differentiable!(impl for AftFull);
 
-    fn backward(
-        &self,
-        x: Qkv<'_>,
-        _: TensorView<'_>,
-        _: &Saved,
-        grad_out: TensorView<'_>,
-        grads: QkvGrads<'_>,
-    ) -> Result<()> {
-        grads.check(&x)?;
+impl Recomputed for AftFull {
+    fn qkv_gradients(&self, x: Qkv<'_>, grad_out: TensorView<'_>) -> Result<[Vec<f32>; 3]> {
         let all = self.gradients(&x, None, &grad_out)?;
-        store(grads.q, &all.q);
-        store(grads.k, &all.k);
-        store(grads.v, &all.v);
-        Ok(())
+        Ok([all.q, all.k, all.v])
     }
 }

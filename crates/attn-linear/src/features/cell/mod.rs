@@ -26,6 +26,7 @@ mod fading;
 mod matrices;
 mod quotient;
 mod rows;
+mod sums;
 
 use super::maps::{Map, Side};
 use super::{Gate, Normaliser};
@@ -36,9 +37,9 @@ use attn_core::simd::Simd;
 use attn_core::tile::{Start, transpose};
 use attn_core::view::Rows;
 use fading::Fading;
-use matrices::Chunk;
 use quotient::Divisor;
 use rows::{again, dot, scale_rows};
+use sums::Sums;
 
 /// What a cell does with tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,25 +132,18 @@ impl Cell for FeatureCell {
         let [mut n, mut v] = panels(sums, len, pad(c));
         let [mut a, mut w] = panels(weights, len, pad(len));
         let fading = self.fading(piece, gates);
-        let chunk = Chunk { len, features: f, columns: c, value_dim: self.value_dim };
-        self.reference(piece, reference);
-        if self.part != Part::Read {
-            let k = self.key_value(piece).0;
-            self.keys.apply(simd, self.place(piece, Side::Key), (k, self.key_dim), again(&mut r), map);
-            self.values(piece, Some(reference), &mut v);
-        }
-        if self.part != Part::Absorb {
-            self.read_features(simd, piece, again(&mut p), map);
-            self.read_state(simd, len, p.as_panel(), state[0], fading.as_ref(), &mut n);
-            self.centre(len, reference, &mut n);
-        }
+        let to = Sums {
+            p: &mut p,
+            r: &mut r,
+            n: &mut n,
+            v: &mut v,
+            held: None,
+            a: &mut a,
+            w: &mut w,
+            reference: &mut *reference,
+        };
+        self.sums(simd, piece, state[0], fading.as_ref(), to, [turned, map]);
         if self.part == Part::Causal {
-            chunk.weights(simd, (p.as_panel(), r.as_panel()), turned, &mut a);
-            if let Some(fading) = &fading {
-                fading.weights(&mut w);
-                a.data.iter_mut().zip(&*w.data).for_each(|(a, w)| *a *= w);
-            }
-            chunk.mix(simd, (a.as_panel(), v.as_panel()), &mut n);
             self.values(piece, None, &mut v);
         }
         if self.part != Part::Read {
@@ -195,29 +189,19 @@ impl Cell for FeatureCell {
         let grad_state = &mut *grad_state[0];
         let (query_params, key_params) = params.split_at_mut(self.queries.params(self.key_dim));
         let fading = self.fading(piece, gates);
-        let chunk = Chunk { len, features: f, columns: c, value_dim: self.value_dim };
-        self.reference(piece, reference);
 
         // Forwards again.
-        if self.part != Part::Read {
-            let k = self.key_value(piece).0;
-            self.keys.apply(simd, self.place(piece, Side::Key), (k, self.key_dim), again(&mut r), map);
-            self.values(piece, Some(reference), &mut v);
-        }
-        if self.part != Part::Absorb {
-            self.read_features(simd, piece, again(&mut p), map);
-            self.read_state(simd, len, p.as_panel(), state[0], fading.as_ref(), &mut held);
-            n.data.copy_from_slice(held.data);
-            self.centre(len, reference, &mut n);
-        }
-        if self.part == Part::Causal {
-            chunk.weights(simd, (p.as_panel(), r.as_panel()), turned, &mut a);
-            if let Some(fading) = &fading {
-                fading.weights(&mut w);
-                a.data.iter_mut().zip(&*w.data).for_each(|(a, w)| *a *= w);
-            }
-            chunk.mix(simd, (a.as_panel(), v.as_panel()), &mut n);
-        }
+        let to = Sums {
+            p: &mut p,
+            r: &mut r,
+            n: &mut n,
+            v: &mut v,
+            held: Some(&mut held),
+            a: &mut a,
+            w: &mut w,
+            reference: &mut *reference,
+        };
+        self.sums(simd, piece, state[0], fading.as_ref(), to, [&mut *turned, &mut *map]);
 
         if self.part != Part::Absorb {
             // By N' and, through the divisor, by features.

@@ -100,7 +100,7 @@ impl SimdOp for Backward<'_> {
         grads.bonus.resize(chunk.bonus.len(), 0.0);
         back.d_sums.clear();
         back.d_sums.resize(chunk.log_decay.len(), 0.0);
-        prepare(simd, chunk, x, Wanted::Reads, &mut || {});
+        prepare(simd, chunk, x, Wanted::Reads, true, &mut || {});
         if x.prepared.fading.key_width <= 1 {
             fade_queries(chunk, x);
         }
@@ -110,7 +110,7 @@ impl SimdOp for Backward<'_> {
             solve(simd, &on, state, work);
         }
         if o.decay == Decay::Value {
-            read(simd, &on, state, work, [&mut to.rows, &mut to.norms], &mut || {});
+            read(simd, &on, state, work, [&mut to.rows, &mut to.norms], None, &mut || {});
             values_decay(simd, chunk, state, d_reads, d_state, grads, x, back);
         } else {
             keys_decay(simd, chunk, state, [d_reads, d_norms, d_writes], d_state, grads, x, back);

@@ -4,12 +4,7 @@ use super::variable::GlobalBlocks;
 use super::{BlockLayout, draw};
 use attn_core::Result;
 
-/// `blocks / 2` blocks on each side of the row's own.
-fn neighbours(row: usize, blocks: usize) -> std::ops::Range<usize> {
-    row.saturating_sub(blocks / 2)..row + blocks / 2 + 1
-}
-
-/// Neighbouring blocks alone.
+/// Neighbouring blocks: alone, or as a part of the other two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LocalLayout {
     /// Positions of a block.
@@ -18,6 +13,14 @@ pub struct LocalLayout {
     pub num_sliding_window_blocks: usize,
     /// Nothing after the diagonal.
     pub causal: bool,
+}
+
+impl LocalLayout {
+    /// The row's own block, and those on each side.
+    fn neighbours(&self, row: usize) -> std::ops::Range<usize> {
+        let side = self.num_sliding_window_blocks / 2;
+        row.saturating_sub(side)..row + side + 1
+    }
 }
 
 impl BlockLayout for LocalLayout {
@@ -31,52 +34,40 @@ impl BlockLayout for LocalLayout {
         self.causal
     }
 
-    fn per_head(&self) -> bool {
-        false
-    }
-
     fn row(&self, _: usize, row: usize, _: usize) -> Vec<usize> {
-        neighbours(row, self.num_sliding_window_blocks).collect()
+        self.neighbours(row).collect()
     }
 }
 
 /// Neighbouring blocks, and global ones that all see and that see all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LongformerLayout {
-    /// Positions of a block.
-    pub block: usize,
-    /// Blocks around a row's own, half on each side.
-    pub num_sliding_window_blocks: usize,
+    /// Neighbouring blocks.
+    pub local: LocalLayout,
     /// Global blocks.
     pub globals: GlobalBlocks,
-    /// Nothing after the diagonal.
-    pub causal: bool,
 }
 
 impl BlockLayout for LongformerLayout {
     const NAME: &'static str = "block-layout-bslongformer";
 
     fn block(&self) -> usize {
-        self.block
+        self.local.block
     }
 
     fn causal(&self) -> bool {
-        self.causal
-    }
-
-    fn per_head(&self) -> bool {
-        false
+        self.local.causal
     }
 
     fn row(&self, _: usize, row: usize, n_blocks: usize) -> Vec<usize> {
         if self.globals.contain(row) {
             return (0..n_blocks).collect();
         }
-        neighbours(row, self.num_sliding_window_blocks).chain(self.globals.below(n_blocks)).collect()
+        self.local.neighbours(row).chain(self.globals.below(n_blocks)).collect()
     }
 
     fn check(&self) -> Result<()> {
-        LocalLayout { block: self.block, num_sliding_window_blocks: 1, causal: false }.check()?;
+        self.local.check()?;
         self.globals.check()
     }
 }
@@ -85,18 +76,14 @@ impl BlockLayout for LongformerLayout {
 /// all in a bidirectional layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BigBirdLayout {
-    /// Positions of a block.
-    pub block: usize,
+    /// Neighbouring blocks.
+    pub local: LocalLayout,
     /// Random blocks of a row.
     pub num_random_blocks: usize,
-    /// Blocks around a row's own, half on each side.
-    pub num_sliding_window_blocks: usize,
     /// First blocks that all see and that see all.
     pub num_global_blocks: usize,
     /// Heads draw their own random blocks.
     pub different_layout_per_head: bool,
-    /// Nothing after the diagonal.
-    pub causal: bool,
     /// What random blocks are drawn with.
     pub seed: u64,
 }
@@ -105,11 +92,11 @@ impl BlockLayout for BigBirdLayout {
     const NAME: &'static str = "block-layout-bigbird";
 
     fn block(&self) -> usize {
-        self.block
+        self.local.block
     }
 
     fn causal(&self) -> bool {
-        self.causal
+        self.local.causal
     }
 
     fn per_head(&self) -> bool {
@@ -120,9 +107,8 @@ impl BlockLayout for BigBirdLayout {
         if row < self.num_global_blocks {
             return (0..n_blocks).collect();
         }
-        let among = if self.causal { row + 1 } else { n_blocks };
+        let among = if self.local.causal { row + 1 } else { n_blocks };
         let random = draw([self.seed, head as u64, row as u64], among, &[], self.num_random_blocks);
-        let near = neighbours(row, self.num_sliding_window_blocks);
-        random.into_iter().chain(near).chain(0..self.num_global_blocks).collect()
+        random.into_iter().chain(self.local.neighbours(row)).chain(0..self.num_global_blocks).collect()
     }
 }

@@ -49,7 +49,9 @@ pub trait BlockLayout: Clone + Send + Sync + 'static {
     fn causal(&self) -> bool;
 
     /// Whether each query head has a layout of its own.
-    fn per_head(&self) -> bool;
+    fn per_head(&self) -> bool {
+        false
+    }
 
     /// The blocks that block row `row` of `n_blocks` sees, in any order, for head `head` (0 if all are alike). Repeated ones
     /// count once; of a causal layout, later ones are dropped. Only asked of options that [`BlockLayout::check`] accepts.

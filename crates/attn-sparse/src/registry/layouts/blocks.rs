@@ -187,12 +187,10 @@ fn bigbird(options: &Options) -> Result<BigBird> {
 
 fn bigbird_layout(options: &Options) -> Result<BigBirdLayout> {
     Ok(BigBirdLayout {
-        block: at_least_1(options, "block", 64)?,
+        local: local_layout(options)?,
         num_random_blocks: options.get_or("num_random_blocks", 1)?,
-        num_sliding_window_blocks: options.get_or("num_sliding_window_blocks", 3)?,
         num_global_blocks: options.get_or("num_global_blocks", 1)?,
         different_layout_per_head: options.get_or("different_layout_per_head", false)?,
-        causal: options.get_or("causal", false)?,
         seed: options.get_or("seed", 0)?,
     })
 }
@@ -203,12 +201,7 @@ fn global_blocks(options: &Options) -> Result<GlobalBlocks> {
 }
 
 fn longformer_layout(options: &Options) -> Result<LongformerLayout> {
-    checked(LongformerLayout {
-        block: at_least_1(options, "block", 64)?,
-        num_sliding_window_blocks: options.get_or("num_sliding_window_blocks", 3)?,
-        globals: global_blocks(options)?,
-        causal: options.get_or("causal", false)?,
-    })
+    checked(LongformerLayout { local: local_layout(options)?, globals: global_blocks(options)? })
 }
 
 fn local_layout(options: &Options) -> Result<LocalLayout> {

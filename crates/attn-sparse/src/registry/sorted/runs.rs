@@ -8,19 +8,14 @@
 //!
 //! Tensors `qk` and `v` may also be `[batch * heads, n, width]`. Where queries are also the keys, `k` may be absent.
 
+use crate::registry::named::integers;
 use crate::sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, SinkhornGrads, SinkhornInputs};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, output_like};
 use attn_core::{AttnError, Differentiable, Qkv, QkvGrads, Result};
 
 /// The numbers of a tensor of indices.
 fn indices<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Option<&'a [i32]>> {
-    match tensors.get(name).map(|tensor| &tensor.data) {
-        None => Ok(None),
-        Some(TensorData::I32(numbers)) => Ok(Some(numbers)),
-        Some(_) => {
-            Err(AttnError::DType { tensor: name.into(), found: "another".into(), expected: "i32".into() })
-        }
-    }
+    Ok(integers(tensors, name)?.map(|(_, numbers)| numbers))
 }
 
 fn numbers<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Option<&'a [f32]>> {

@@ -2,7 +2,7 @@
 //! belongs to each is asked for.
 //!
 //! ```text
-//! cargo run --release -p attn-linear --example train
+//! cargo run --release -p attn-linear --example train_delta_net
 //! ```
 //!
 //! Queries, keys, values, decays, write strengths and the memory that every sequence starts with are all learned through

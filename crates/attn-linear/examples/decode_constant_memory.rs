@@ -1,7 +1,7 @@
 //! Decoding with constant memory: tokens one by one over a long run, from a state of fixed size.
 //!
 //! ```text
-//! cargo run --release -p attn-linear --example decode
+//! cargo run --release -p attn-linear --example decode_constant_memory
 //! ```
 //!
 //! One layer of a model with 16 heads of 64. What is remembered after any number of tokens is the same few bytes, and a token
