@@ -10,7 +10,8 @@ pub(crate) const PANEL: usize = 32;
 pub struct TileSizes {
     block_q: usize,
     block_kv: usize,
-    rows_apart: bool,
+    /// Keys of the blocks that rows list, where each row has a list of its own.
+    lists: Option<usize>,
 }
 
 impl TileSizes {
@@ -25,7 +26,7 @@ impl TileSizes {
         if block_kv == 0 {
             return Err(AttnError::value("block_kv", block_kv, "at least 1"));
         }
-        Ok(Self { block_q, block_kv, rows_apart: false })
+        Ok(Self { block_q, block_kv, lists: None })
     }
 
     /// Measured choice: longer query blocks once K and V leave the second-level cache, so that each key block is
@@ -39,18 +40,34 @@ impl TileSizes {
             0x40_0001.. if queries >= 32 * 512 => 512,
             _ => 256,
         };
-        Self { block_q, block_kv: 128, rows_apart: false }
+        Self { block_q, block_kv: 128, lists: None }
     }
 
-    /// The same sizes, with each query row attended by itself, beside it only the heads that share its keys: for masks
-    /// whose rows see few keys each, and different ones. Side by side, rows compute what any of them sees.
+    /// The same sizes, for masks whose rows see few keys each, and different ones: a row's result then depends on nothing but
+    /// what it sees, to the last bit. A few rows are attended one by one, many cell of keys by cell of keys. Side by side,
+    /// rows compute what any of them sees.
     pub fn rows_apart(self) -> Self {
-        Self { rows_apart: true, ..self }
+        self.rows_apart_by(1)
     }
 
-    /// Whether rows are attended one by one.
+    /// [`TileSizes::rows_apart`] for rows that list whole blocks of `block` keys, of which the first one begins with key 0.
+    pub fn rows_apart_by(self, block: usize) -> Self {
+        Self { lists: Some(block), ..self }
+    }
+
+    /// Whether rows have lists of their own.
     pub(crate) fn are_rows_apart(&self) -> bool {
-        self.rows_apart
+        self.lists.is_some()
+    }
+
+    /// Keys of the blocks that rows list, where each has a list of its own.
+    pub(crate) fn block_of_lists(&self) -> Option<usize> {
+        self.lists
+    }
+
+    /// The same with another number of queries a task.
+    pub(crate) fn with_block_q(self, block_q: usize) -> Self {
+        Self { block_q, ..self }
     }
 
     /// Queries of a task.

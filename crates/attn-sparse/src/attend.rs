@@ -21,8 +21,10 @@ pub(crate) struct Call<'a> {
 
 impl Call<'_> {
     fn spec(&self, shape: &AttnShape) -> AnySpec<'_> {
-        let apart = matches!(self.decision.arrangement(), Arrangement::Apart);
-        let tiles = apart.then(|| TileSizes::auto(shape).rows_apart());
+        let tiles = match self.decision.arrangement() {
+            Arrangement::Apart(block) => Some(TileSizes::auto(shape).rows_apart_by(*block)),
+            _ => None,
+        };
         let base = AnySpec::new(self.softmax_scale, self.decision.mask(), self.score_mod);
         AnySpec { tiles, sinks: self.sinks, ..base }
     }

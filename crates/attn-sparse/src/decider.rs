@@ -57,8 +57,8 @@ pub struct Decision {
 pub(crate) enum Arrangement {
     /// As they lie.
     Together,
-    /// One by one.
-    Apart,
+    /// Each by its own list, of blocks of so many keys.
+    Apart(usize),
     /// Class by class.
     ByResidue(Residues),
 }
@@ -75,10 +75,15 @@ impl Decision {
         Self { arrangement: Arrangement::ByResidue(residues), ..Self::new(mask) }
     }
 
-    /// The pairs that `mask` sees, each row attended by itself: for rows whose lists are short and different. Then a row's
+    /// The pairs that `mask` sees, each row by its own list: for rows whose lists are short and different. Then a row's
     /// result depends on nothing but what it sees, to the last bit.
     pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
-        Self { arrangement: Arrangement::Apart, ..Self::new(mask) }
+        Self { arrangement: Arrangement::Apart(1), ..Self::new(mask) }
+    }
+
+    /// [`Decision::row_by_row`] for the lists of a block mask: the engine is told what blocks there are.
+    pub(crate) fn by_lists(mask: BlockMask) -> Self {
+        Self { arrangement: Arrangement::Apart(mask.sizes().kv), ..Self::new(mask) }
     }
 
     /// The mask.
@@ -86,19 +91,21 @@ impl Decision {
         &*self.mask
     }
 
-    /// Whether each row has its own short list of keys, so that rows are attended one by one.
+    /// Whether each row has its own short list of keys.
     pub fn rows_apart(&self) -> bool {
-        matches!(self.arrangement, Arrangement::Apart)
+        matches!(self.arrangement, Arrangement::Apart(_))
+    }
+
+    /// Keys of the blocks that rows list, where each has a list of its own; else 1.
+    pub(crate) fn block_of_lists(&self) -> usize {
+        match self.arrangement {
+            Arrangement::Apart(block) => block,
+            _ => 1,
+        }
     }
 
     pub(crate) fn arrangement(&self) -> &Arrangement {
         &self.arrangement
-    }
-
-    /// The same pairs, each row attended by itself: for rows that see few keys, and different ones.
-    #[must_use]
-    pub(crate) fn apart(self) -> Self {
-        Self { arrangement: Arrangement::Apart, ..self }
     }
 
     /// The keys `A(i)` of query row `i`, ascending, of `n_kv`.
@@ -110,8 +117,7 @@ impl Decision {
 
 impl From<BlockMask> for Decision {
     fn from(mask: BlockMask) -> Self {
-        let arrangement = if mask.rows_are_apart() { Arrangement::Apart } else { Arrangement::Together };
-        Self { arrangement, ..Self::new(mask) }
+        if mask.rows_are_apart() { Self::by_lists(mask) } else { Self::new(mask) }
     }
 }
 
@@ -119,7 +125,7 @@ impl fmt::Debug for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let arrangement = match self.arrangement {
             Arrangement::Together => "together",
-            Arrangement::Apart => "rows apart",
+            Arrangement::Apart(_) => "rows apart",
             Arrangement::ByResidue(_) => "by residue",
         };
         f.debug_struct("Decision").field("rows", &arrangement).finish_non_exhaustive()

@@ -6,13 +6,15 @@
 //!
 //! Work is cut into blocks of queries, one task each (`tasks`). A mask names the spans of keys that a block can see;
 //! nothing else is visited. Spans are the tile plan: long ones are read in place, short ones (single tokens, small
-//! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged.
+//! pages) are gathered into one tile. Few queries against many keys are split along the keys and merged. Rows with lists of
+//! their own run cell of keys by cell of keys (`cells`).
 //! Results do not depend on the number of threads: a task's arithmetic is fixed by its position alone.
 
 mod ahead;
 mod any;
 mod backward;
 mod block;
+mod cells;
 mod chunks;
 mod company;
 mod few;
@@ -37,6 +39,7 @@ use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, OutMut, Result, check_lse};
 pub use backward::{ForwardResult, Grads, OutputGrad, RowState, attend_backward, attend_backward_from_delta};
 use block::{QueryBlock, Workspace};
+use cells::RowsByCells;
 pub use half_products::HalfProducts;
 pub use problem::{KvView, PagedKv, Problem};
 use tasks::Task;
@@ -172,6 +175,20 @@ pub fn attend<'a, M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     spec.check_made_for(&problem)?;
     let tiles = spec.tiles.unwrap_or_else(|| TileSizes::auto(&shape));
     let isa = Isa::current();
+    if let Some(plan) = cells::Plan::new(&shape, spec, tiles) {
+        tasks::for_each(&problem, spec, plan.tiles, out, lse, |tasks| {
+            for_each_task(tasks.into_iter(), cells::Workspace::default, |workspace, task| {
+                let key_bias = spec.key_bias_of(&problem, &task);
+                let (mask, sinks, softmax_scale) = (&spec.mask, spec.sinks, spec.softmax_scale);
+                let problem = &problem;
+                isa.run(RowsByCells { problem, mask, softmax_scale, key_bias, sinks, plan, workspace, task });
+            });
+        });
+        return Ok(());
+    }
+    // A few rows with lists of their own are a task each, which may be split.
+    let alone = tiles.are_rows_apart() && cells::are_few(&shape);
+    let tiles = if alone { tiles.with_block_q(1) } else { tiles };
     let dot = native_bf16::choose(&problem, spec, isa)?;
     tasks::for_each(&problem, spec, tiles, out, lse, |tasks| {
         for_each_task(

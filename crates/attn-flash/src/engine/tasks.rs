@@ -133,7 +133,9 @@ pub(super) fn for_each<M: Mask + ?Sized, C: ?Sized>(
     let shares: Vec<Vec<Option<Range<usize>>>> = cuts
         .iter()
         .map(|cut| {
-            if cuts.len() >= FEW_TASKS {
+            // Rows with lists of their own must not be cut by what other rows list.
+            let others_count = tiles.are_rows_apart() && cut.rows.len() > 1;
+            if cuts.len() >= FEW_TASKS || others_count {
                 return vec![None];
             }
             let visible = visible_keys(problem, spec.mask, cut);

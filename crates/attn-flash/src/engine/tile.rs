@@ -283,7 +283,7 @@ fn accumulate<S: Simd>(simd: S, size: [usize; 3], v: Wide<'_>, weights: &[f32], 
 /// [`accumulate`] where some values are NaN or infinite: those rows of V reach only lanes whose weight is not 0.
 #[cold]
 #[inline(never)]
-fn accumulate_poisoned<S: Simd>(
+pub(super) fn accumulate_poisoned<S: Simd>(
     simd: S,
     [width, lanes, n_keys]: [usize; 3],
     v: Wide<'_>,

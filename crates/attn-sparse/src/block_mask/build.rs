@@ -109,6 +109,61 @@ impl Builder {
         })
     }
 
+    /// From ascending lists `[batch lists, head lists, block rows]` of full blocks: nothing is sorted or asked. Only without a
+    /// mask inside.
+    ///
+    /// # Errors
+    /// As [`Builder::from_rows`]; [`AttnError::Shape`] for another number of lists.
+    pub(crate) fn ascending_lists(&self, rows: &[Vec<u32>]) -> Result<BlockMask> {
+        self.check()?;
+        debug_assert!(self.inside.is_none() && rows.iter().all(|row| row.is_sorted()));
+        let expected = self.batch * self.heads * self.n_rows();
+        if rows.len() != expected {
+            return Err(AttnError::shape("lists", "rows", rows.len(), expected));
+        }
+        if let Some(last) =
+            rows.iter().filter_map(|row| row.last()).find(|last| **last as usize >= self.n_cols())
+        {
+            return Err(AttnError::value("block", *last, format!("below {} blocks of keys", self.n_cols())));
+        }
+        let mut row_ptr = Vec::with_capacity(rows.len() + 1);
+        row_ptr.push(0);
+        rows.iter().for_each(|row| row_ptr.push(row_ptr[row_ptr.len() - 1] + row.len()));
+        let n = row_ptr[rows.len()];
+        let mut blocks = vec![0; n];
+        let mut rest = blocks.as_mut_slice();
+        let pieces: Vec<_> = rows
+            .chunks(64)
+            .map(|rows| {
+                let (piece, tail) = std::mem::take(&mut rest).split_at_mut(rows.iter().map(Vec::len).sum());
+                rest = tail;
+                (rows, piece)
+            })
+            .collect();
+        for_each_task(
+            pieces.into_iter(),
+            || (),
+            |(), (rows, piece)| {
+                let mut rest = piece;
+                for row in rows {
+                    let (to, tail) = std::mem::take(&mut rest).split_at_mut(row.len());
+                    to.copy_from_slice(row);
+                    rest = tail;
+                }
+            },
+        );
+        Ok(BlockMask {
+            shape: self.shape,
+            sizes: self.sizes,
+            batch: self.batch,
+            heads: self.heads,
+            row_ptr,
+            blocks,
+            partial: vec![false; n],
+            inside: None,
+        })
+    }
+
     /// From a dense layout of blocks, row-major `[batch lists, head lists, block rows, block columns]`.
     ///
     /// # Errors

@@ -181,7 +181,7 @@ impl BlockMask {
         self.inside.as_ref().is_none_or(|inside| inside.sees(pair))
     }
 
-    /// Whether rows see lists so short and different that they are better attended one by one.
+    /// Whether rows list single keys.
     pub(crate) fn rows_are_apart(&self) -> bool {
         self.sizes.q == 1 && self.sizes.kv == 1
     }

@@ -1,6 +1,6 @@
 //! What the softmax engine asks of a block mask: which keys some rows can see, and how much of a tile.
 
-use super::BlockMask;
+use super::{BlockMask, SharedMask};
 use attn_core::mask::{Cover, Head};
 use std::ops::Range;
 
@@ -15,6 +15,11 @@ impl BlockMask {
     pub(super) fn spans_of(&self, head: Head, rows: Range<usize>, n_kv: usize) -> Vec<Range<usize>> {
         let list = self.list(head);
         let entries = |row: usize| self.entries(list, row);
+        if rows.len() == 1 {
+            let row = entries(rows.start / self.sizes.q);
+            let is_partial = self.partial[row.clone()].contains(&true);
+            return self.spans_of_blocks(&self.blocks[row], is_partial, head, rows, n_kv);
+        }
         let mut touched = self.cut(rows.clone()).map(|(row, _)| row);
         let Some(first) = touched.next() else { return Vec::new() };
         let mut partial = self.partial[entries(first)].contains(&true);
@@ -29,6 +34,18 @@ impl BlockMask {
         }
         let merged = either(&lists);
         let blocks = if let [one] = lists.as_slice() { one } else { merged.as_slice() };
+        self.spans_of_blocks(blocks, partial, head, rows, n_kv)
+    }
+
+    /// The keys of ascending blocks that some of `rows` may see.
+    fn spans_of_blocks(
+        &self,
+        blocks: &[u32],
+        is_partial: bool,
+        head: Head,
+        rows: Range<usize>,
+        n_kv: usize,
+    ) -> Vec<Range<usize>> {
         let mut spans: Vec<Range<usize>> = Vec::with_capacity(blocks.len());
         for &block in blocks {
             let first = block as usize * self.sizes.kv;
@@ -40,14 +57,23 @@ impl BlockMask {
             }
         }
         match &self.inside {
-            Some(inside) if partial => common(&spans, &inside.spans(head, rows, n_kv)),
+            Some(inside) if is_partial => common(&spans, &inside.spans(head, rows, n_kv)),
             _ => spans,
         }
     }
 
-    /// Whether all rows see the same blocks, and none of them is partial.
+    /// Whether all rows see the same blocks, and none of them is partial; or a single row sees what the spans of the mask inside
+    /// leave of its blocks.
     pub(super) fn spans_are_full(&self, head: Head, rows: Range<usize>) -> bool {
         let list = self.list(head);
+        if rows.len() == 1 {
+            let is_partial = self.partial[self.entries(list, rows.start / self.sizes.q)].contains(&true);
+            let seen = |inside: &SharedMask| {
+                let spans = inside.spans(head, rows.clone(), self.shape.n_kv);
+                spans.into_iter().all(|span| inside.cover(head, rows.clone(), span) == Cover::Full)
+            };
+            return !is_partial || self.inside.as_ref().is_none_or(seen);
+        }
         let mut touched = self.cut(rows).map(|(row, _)| self.entries(list, row));
         let Some(first) = touched.next() else { return true };
         let alike = |row: Range<usize>| self.blocks[row] == self.blocks[first.clone()];

@@ -237,7 +237,15 @@ fn spans_that_are_seen_are_said_to_be() {
     assert!(!mask.sees_spans(HEAD, 3..5) && !mask.sees_spans(HEAD, 5..7));
     let band = Arc::new(Band::causal(&s, Align::BottomRight));
     let cut = Builder::new(&s, BlockSizes::square(4)).inside(band).from_inside().unwrap();
-    assert!(!cut.sees_spans(HEAD, 0..1));
+    assert!(!cut.sees_spans(HEAD, 0..2));
+    for row in 0..8 {
+        // One row sees what the mask inside leaves of its blocks.
+        let spans = cut.spans(HEAD, row..row + 1, 12);
+        assert!(
+            cut.sees_spans(HEAD, row..row + 1) && spans == std::slice::from_ref(&(0..row + 5)),
+            "{spans:?}"
+        );
+    }
     assert_eq!(cut.spans(HEAD, 0..2, 12).first(), Some(&(0..6)), "cut to what the mask inside can see");
     let s = heads_shape(8, 8);
     let lists = windows(&s, BlockSizes::square(2), 3);

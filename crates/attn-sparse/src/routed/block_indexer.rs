@@ -21,6 +21,7 @@ use crate::decider::Work;
 use crate::select::top_k_with;
 use crate::{BlockMask, BlockSizes, Builder};
 use attn_core::mask::{Align, Band};
+use attn_core::simd::{Simd, SimdBase, SimdMask};
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};
 use std::sync::Arc;
 
@@ -51,32 +52,62 @@ impl RowSelector for LargestBlocks<'_> {
         visible(self.shape, row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<usize>> {
+    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
         let blocks = self.visible(row).div_ceil(self.indexer.block_len);
-        (blocks <= self.indexer.top_k).then(|| (0..blocks).collect())
+        (blocks <= self.indexer.top_k).then(|| (0..blocks as u32).collect())
     }
 
-    fn start(&self, row: usize) -> Vec<f32> {
+    fn start(&self, row: usize, _: Option<f32>) -> Vec<f32> {
         vec![f32::NEG_INFINITY; self.visible(row).div_ceil(self.indexer.block_len)]
     }
 
-    fn take(&self, maxima: &mut Vec<f32>, first: usize, mut scores: &[f32]) {
+    #[inline(always)]
+    fn take<S: Simd>(&self, simd: S, maxima: &mut Vec<f32>, first: usize, mut scores: &[f32]) {
         let len = self.indexer.block_len;
         let mut at = first;
         while !scores.is_empty() {
             let (block, rest) = scores.split_at((len - at % len).min(scores.len()));
-            // NaN wins and stays.
-            let larger = |max: f32, x: f32| if x > max || x.is_nan() { x } else { max };
-            maxima[at / len] = block.iter().fold(maxima[at / len], |max, x| larger(max, *x));
+            maxima[at / len] = larger(maxima[at / len], maximum(simd, block));
             at += block.len();
             scores = rest;
         }
     }
 
-    fn finish(&self, _: usize, maxima: Vec<f32>) -> Vec<usize> {
+    fn finish<S: Simd>(&self, _: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
         let local: Vec<usize> = (0..maxima.len()).rev().take(self.indexer.local_blocks).collect();
-        top_k_with(&maxima, self.indexer.top_k, &local)
+        let chosen = top_k_with(maxima, self.indexer.top_k, &local);
+        Some(chosen.into_iter().map(|block| block as u32).collect())
     }
+}
+
+/// NaN wins and stays.
+#[inline(always)]
+fn larger(max: f32, x: f32) -> f32 {
+    if x > max || x.is_nan() { x } else { max }
+}
+
+/// The largest score; NaN if one is NaN.
+#[inline(always)]
+fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
+    let mut max = S::f32s::splat(simd, f32::NEG_INFINITY);
+    // NaN if one of them is; or, rarely, if infinite ones of both signs meet.
+    let mut sum = S::f32s::splat(simd, 0.0);
+    let vectors = scores.chunks_exact(S::f32s::LEN);
+    let rest = vectors.remainder().iter().fold(f32::NEG_INFINITY, |max, x| larger(max, *x));
+    for vector in vectors {
+        let vector = S::f32s::from_slice(simd, vector);
+        max = max.max(vector);
+        sum += vector;
+    }
+    if sum.simd_eq(sum).all_true() {
+        return larger(max.reduce_max(), rest);
+    }
+    scores.iter().fold(f32::NEG_INFINITY, |max, x| larger(max, *x))
+}
+
+/// Lists as the builder takes them.
+pub(super) fn wide(chosen: &[Vec<u32>]) -> Vec<Vec<usize>> {
+    chosen.iter().map(|list| list.iter().map(|block| *block as usize).collect()).collect()
 }
 
 impl BlockIndexer {
@@ -132,7 +163,11 @@ impl Router for BlockIndexer {
             .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
         (queries.data, queries.heads) = (summed.collect(), 1);
         let chosen = select(&queries, |list| &index.heads[list], &LargestBlocks { indexer: self, shape });
-        blocks(shape, self.block_len, shape.n_heads_kv, &chosen)
+        blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))
+    }
+
+    fn entries(&self) -> usize {
+        self.top_k
     }
 
     fn work(&self, shape: &AttnShape) -> Work {

@@ -17,10 +17,12 @@
 
 use super::index_channels::{IndexKeys, work};
 use super::indexer::{RowSelector, select};
+use super::key_panels::SAMPLING;
 use super::router::{Router, list_bytes, pairs_up_to, visible};
 use crate::decider::Work;
-use crate::select::TopK;
+use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
+use attn_core::simd::Simd;
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};
 
 /// Each query attends the `top_k` keys that an indexer scores highest.
@@ -41,64 +43,50 @@ impl Dsa {
     }
 }
 
-/// Whether the score of a later key can still be among the largest: it loses ties; NaN counts as largest.
-#[inline(always)]
-pub(super) fn may_enter(score: f32, threshold: f32) -> bool {
-    score > threshold || score.is_nan()
-}
-
 /// The largest scores of each row.
-pub(super) struct Largest<V> {
+pub(super) struct LargestTokens<V> {
     pub(super) top_k: usize,
     /// Entries that a row sees.
     pub(super) visible: V,
 }
 
-impl<V: Fn(usize) -> usize + Sync> RowSelector for Largest<V> {
-    type State = TopK;
+impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
+    type State = Largest;
 
     fn visible(&self, row: usize) -> usize {
         (self.visible)(row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<usize>> {
+    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
         let visible = self.visible(row);
-        (visible <= self.top_k).then(|| (0..visible).collect())
+        (visible <= self.top_k).then(|| (0..visible as u32).collect())
     }
 
-    fn start(&self, _: usize) -> TopK {
-        TopK::new(self.top_k)
+    /// Three standard deviations beyond the members that the sample has on average.
+    fn rank_in_sample(&self, row: usize) -> Option<usize> {
+        let share = self.top_k as f64 / SAMPLING as f64;
+        (self.visible(row) > 4 * self.top_k).then(|| (share + 3.0 * share.sqrt() + 1.0).ceil() as usize)
     }
 
-    fn take(&self, top: &mut TopK, first: usize, scores: &[f32]) {
-        for (at, some) in scores.chunks(16).enumerate() {
-            let threshold = top.threshold();
-            if some.iter().fold(false, |any, score| any | may_enter(*score, threshold)) {
-                for (j, score) in some.iter().enumerate() {
-                    if may_enter(*score, threshold) {
-                        top.offer(*score, first + at * 16 + j);
-                    }
-                }
-            }
-        }
+    fn start(&self, _: usize, guess: Option<f32>) -> Largest {
+        Largest::new(self.top_k, guess)
     }
 
-    fn finish(&self, _: usize, mut top: TopK) -> Vec<usize> {
-        top.take()
+    #[inline(always)]
+    fn take<S: Simd>(&self, simd: S, largest: &mut Largest, first: usize, scores: &[f32]) {
+        largest.take(simd, first, scores);
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, _: usize, largest: &mut Largest) -> Option<Vec<u32>> {
+        largest.finish(simd)
     }
 }
 
-/// Lists of single keys, `[batch, lists, rows]`, for `lists` groups of query heads.
-pub(super) fn tokens(shape: &AttnShape, lists: usize, mut chosen: Vec<Vec<usize>>) -> Result<BlockMask> {
-    let slots: Vec<_> = chosen.iter_mut().map(|list| std::sync::Mutex::new(std::mem::take(list))).collect();
+/// Lists of single keys, `[batch, lists, rows]`, each ascending, for `lists` groups of query heads.
+pub(super) fn tokens(shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
     let builder = Builder::new(shape, BlockSizes::square(1)).per_batch().per_head(lists.max(1));
-    builder.from_rows(|batch, list, row| {
-        let slot = slots.get((batch * lists + list) * shape.n_q + row);
-        let take = |slot: &std::sync::Mutex<Vec<usize>>| {
-            std::mem::take(&mut *slot.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
-        };
-        slot.map(take).unwrap_or_default()
-    })
+    builder.ascending_lists(chosen)
 }
 
 impl Router for Dsa {
@@ -121,9 +109,13 @@ impl Router for Dsa {
 
     fn choose(&self, index: &IndexKeys, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask> {
         let queries = index.queries_of_groups(q, shape, true);
-        let largest = Largest { top_k: self.top_k, visible: |row| visible(shape, row) };
+        let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(shape, row) };
         let chosen = select(&queries, |list| &index.heads[list], &largest);
-        tokens(shape, shape.n_heads_kv, chosen)
+        tokens(shape, shape.n_heads_kv, &chosen)
+    }
+
+    fn entries(&self) -> usize {
+        self.top_k
     }
 
     fn work(&self, shape: &AttnShape) -> Work {

@@ -60,7 +60,8 @@ impl Indexed {
             return Ok(());
         }
         let decision = choose(&shape, &self.keys)?;
-        attend_any(problem, out, None, &rows_apart(decision.mask(), self.softmax_scale, &shape))
+        let block = decision.block_of_lists();
+        attend_any(problem, out, None, &rows_apart(decision.mask(), block, self.softmax_scale, &shape))
     }
 
     fn bytes(&self) -> usize {

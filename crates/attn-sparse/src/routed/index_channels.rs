@@ -5,7 +5,7 @@
 //! that all frequencies of a rotary embedding are among them); the dot product over them stands for that over all.
 
 use super::indexer::IndexQueries;
-use super::key_panels::KeyPanels;
+use super::key_panels::SampledPanels;
 use super::rows::rows_f32;
 use attn_core::{AttnError, AttnShape, Result, StreamShape, TensorView};
 use half::bf16;
@@ -13,7 +13,7 @@ use half::bf16;
 /// Narrow keys, one series a batch entry and key/value head.
 #[derive(Debug)]
 pub struct IndexKeys {
-    pub(super) heads: Vec<KeyPanels<bf16>>,
+    pub(super) heads: Vec<SampledPanels<bf16>>,
     width: usize,
     head_dim: usize,
 }
@@ -29,7 +29,7 @@ impl IndexKeys {
         if width == 0 {
             return Err(AttnError::value("index_dim", 0, "at least 1"));
         }
-        let heads = (0..shape.batch * shape.n_heads_kv).map(|_| KeyPanels::new(width)).collect();
+        let heads = (0..shape.batch * shape.n_heads_kv).map(|_| SampledPanels::new(width)).collect();
         Ok(Self { heads, width, head_dim: shape.head_dim })
     }
 
@@ -50,11 +50,11 @@ impl IndexKeys {
     /// Appends a key to one series: that of a batch entry and key/value head.
     pub(super) fn push(&mut self, head: usize, row: &[f32]) {
         let channels: Vec<usize> = (0..self.width).map(|c| self.channel(c)).collect();
-        self.heads[head].push(channels.into_iter().map(|c| row[c]));
+        self.heads[head].push(channels.iter().map(|c| row[*c]));
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.heads.iter().map(KeyPanels::bytes).sum()
+        self.heads.iter().map(SampledPanels::bytes).sum()
     }
 
     /// A list a key/value head, whose index heads are the query heads of its group.

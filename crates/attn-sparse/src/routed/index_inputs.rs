@@ -1,9 +1,9 @@
 //! Indexers with given index queries, keys and weights.
 
-use super::block_indexer::{BlockIndexer, LargestBlocks, blocks};
-use super::dsa::{Dsa, Largest, tokens};
+use super::block_indexer::{BlockIndexer, LargestBlocks, blocks, wide};
+use super::dsa::{Dsa, LargestTokens, tokens};
 use super::indexer::{IndexQueries, select};
-use super::key_panels::KeyPanels;
+use super::key_panels::{Panels, SampledPanels};
 use super::router::visible;
 use super::rows::rows_f32;
 use crate::decider::Decision;
@@ -40,10 +40,10 @@ pub(super) fn check_axes(tensor: &str, found: [usize; 4], expected: [usize; 4]) 
 }
 
 /// The one series of keys of each batch entry.
-pub(super) fn series(k: &TensorView<'_>) -> Vec<KeyPanels<f32>> {
+pub(super) fn series(k: &TensorView<'_>) -> Vec<SampledPanels<f32>> {
     let [batch, _, n, width] = k.shape();
     let keys = |batch| {
-        let mut keys = KeyPanels::new(width);
+        let mut keys = SampledPanels::new(width);
         let rows = rows_f32(k, batch, 0, 0..n);
         rows.chunks_exact(width.max(1)).for_each(|row| keys.push(row.iter().copied()));
         keys
@@ -113,11 +113,11 @@ impl Dsa {
         &self,
         shape: &AttnShape,
         x: &DsaInputs<'_>,
-        keys: &[KeyPanels<f32>],
+        keys: &[impl Panels],
     ) -> Result<Decision> {
         let queries = index_queries(&x.index_q, 1, Some(x.index_w), true);
-        let largest = Largest { top_k: self.top_k, visible: |row| visible(shape, row) };
-        Ok(tokens(shape, 1, select(&queries, |list| &keys[list], &largest))?.into())
+        let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(shape, row) };
+        Ok(tokens(shape, 1, &select(&queries, |list| &keys[list], &largest))?.into())
     }
 }
 
@@ -136,11 +136,11 @@ impl BlockIndexer {
         &self,
         shape: &AttnShape,
         x: &BlockIndexerInputs<'_>,
-        keys: &[KeyPanels<f32>],
+        keys: &[impl Panels],
     ) -> Result<Decision> {
         let queries = index_queries(&x.index_q, shape.n_heads_kv, None, false);
         let largest = LargestBlocks { indexer: self, shape };
         let chosen = select(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
-        Ok(Decision::row_by_row(blocks(shape, self.block_len, shape.n_heads_kv, &chosen)?))
+        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))?))
     }
 }

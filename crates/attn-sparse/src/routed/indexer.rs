@@ -5,17 +5,20 @@
 //! ```
 //!
 //! with `act` the identity or relu. A *list* is a choice shared by some query heads (a key/value group, or all heads); each
-//! list has its own index heads. Scores are made for some rows against some keys at a time and never held as a whole.
+//! list has its own index heads. Scores are made for some rows against some keys at a time, taken while they are in the cache,
+//! and never held as a whole.
+//!
+//! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
-use super::key_panels::{KeyPanels, PANEL, ScoreRows};
+use super::key_panels::{KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
+use crate::select::largest::nth_largest;
 use attn_core::Element;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
+use std::ops::Range;
 
-/// Panels scored at a time.
-const TILE_PANELS: usize = 8;
 /// Keys scored at a time.
-const TILE: usize = TILE_PANELS * PANEL;
+const TILE: usize = 4 * PANEL;
 /// Rows of index heads scored at a time.
 const ROWS: usize = 32;
 /// Keys of a share, where rows are so few that the keys are shared among threads.
@@ -39,7 +42,7 @@ pub(super) struct IndexQueries {
     pub(super) relu: bool,
 }
 
-/// Takes scores row by row: which list and row, and how many keys it sees.
+/// Takes scores row by row: which row, and how many keys it sees.
 pub(super) trait RowSelector: Sync {
     /// What is known of a row so far.
     type State;
@@ -48,190 +51,302 @@ pub(super) trait RowSelector: Sync {
     fn visible(&self, row: usize) -> usize;
 
     /// What a row that needs no scores takes.
-    fn without_scores(&self, row: usize) -> Option<Vec<usize>>;
+    fn without_scores(&self, row: usize) -> Option<Vec<u32>>;
 
-    /// Before the first score.
-    fn start(&self, row: usize) -> Self::State;
+    /// A row that wants to know beforehand about how large its scores will be: the score of that rank in the sample.
+    fn rank_in_sample(&self, row: usize) -> Option<usize> {
+        let _ = row;
+        None
+    }
+
+    /// Before the first score; `guess` is the one asked for.
+    fn start(&self, row: usize, guess: Option<f32>) -> Self::State;
 
     /// Scores of the keys from `first` on, all visible; keys come in ascending order.
-    fn take(&self, state: &mut Self::State, first: usize, scores: &[f32]);
+    fn take<S: Simd>(&self, simd: S, state: &mut Self::State, first: usize, scores: &[f32]);
 
-    /// What the row takes, ascending.
-    fn finish(&self, row: usize, state: Self::State) -> Vec<usize>;
+    /// What the row takes, ascending; nothing if it was given a guess that was wrong.
+    fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State) -> Option<Vec<u32>>;
 }
 
 /// The lists of all rows, `[lists, rows]`; `keys` gives those that a list is scored against.
-pub(super) fn select<'k, E: Element, R: RowSelector>(
+pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
     queries: &IndexQueries,
-    keys: impl Fn(usize) -> &'k KeyPanels<E> + Sync,
+    keys: impl Fn(usize) -> &'k K + Sync,
     selector: &R,
-) -> Vec<Vec<usize>> {
+) -> Vec<Vec<u32>> {
     let n = queries.rows;
-    let mut chosen: Vec<Vec<usize>> = vec![Vec::new(); queries.lists * n];
+    let mut chosen: Vec<Vec<u32>> = vec![Vec::new(); queries.lists * n];
     let isa = Isa::current();
     let few = n * queries.lists < 16;
-    let block = if few { 1 } else { (ROWS / queries.heads.max(1)).clamp(1, 16) };
+    let block = if few { 1 } else { (ROWS / queries.heads.max(1)).max(1) };
     let blocks = n.div_ceil(block).max(1);
     let tasks = chosen.chunks_mut(n.max(1)).enumerate().flat_map(|(list, rows)| {
         rows.chunks_mut(block).enumerate().map(move |(at, rows)| (list * blocks + at, rows))
     });
-    let run = |scratch: &mut Scratch, (at, chosen): (usize, &mut [Vec<usize>])| {
-        let (list, first) = (at / blocks, at % blocks * block);
-        let rows = Rows { queries, list, first, len: chosen.len(), isa };
-        match few {
-            true => rows.by_shares(keys(list), selector, chosen),
-            false => rows.by_tiles(keys(list), selector, chosen, scratch),
-        }
-    };
+    let rows = |at: usize| Rows { queries, list: at / blocks, first: at % blocks * block };
     if few {
         // The threads share the keys instead.
-        tasks.for_each(|task| run(&mut Scratch::default(), task));
+        for (at, chosen) in tasks {
+            rows(at).by_shares(isa, keys(at / blocks).all(), selector, &mut chosen[0]);
+        }
     } else {
         // The last rows first: they see the most.
         let tasks: Vec<_> = tasks.collect();
-        for_each_task(tasks.into_iter().rev(), Scratch::default, run);
+        for_each_task(tasks.into_iter().rev(), Scratch::default, |scratch, (at, chosen)| {
+            isa.run(ByTiles { rows: rows(at), keys: keys(at / blocks), selector, chosen, scratch });
+        });
     }
     chosen
 }
 
 #[derive(Default)]
 struct Scratch {
+    /// `[rows, heads, TILE]`.
     products: Vec<f32>,
+    /// `[rows, TILE]`.
     combined: Vec<f32>,
     wide: Vec<f32>,
+    /// `[rows, sample]`.
+    sample: Vec<f32>,
+    keys: Vec<u32>,
 }
 
-/// Some rows of a list.
+/// Rows of a list from `first` on.
+#[derive(Clone, Copy)]
 struct Rows<'a> {
     queries: &'a IndexQueries,
     list: usize,
     first: usize,
-    len: usize,
-    isa: Isa,
+}
+
+/// Some rows against the keys that they see, tile by tile.
+struct ByTiles<'a, K, R> {
+    rows: Rows<'a>,
+    keys: &'a K,
+    selector: &'a R,
+    chosen: &'a mut [Vec<u32>],
+    scratch: &'a mut Scratch,
+}
+
+impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { rows, keys, selector, chosen, scratch } = self;
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let mut open = 0..0;
+                for (r, chosen) in chosen.iter_mut().enumerate() {
+                    match selector.without_scores(rows.first + r) {
+                        Some(all) => *chosen = all,
+                        None if open.is_empty() => open = r..r + 1,
+                        None => open.end = r + 1,
+                    }
+                }
+                let guesses = match keys.sample() {
+                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), scratch),
+                    None => vec![None; open.len()],
+                };
+                let wrong = rows.pass(simd, keys.all(), selector, (open.clone(), &guesses), chosen, scratch);
+                for r in wrong {
+                    rows.pass(simd, keys.all(), selector, (r..r + 1, &[None]), chosen, scratch);
+                }
+            },
+        );
+    }
 }
 
 impl Rows<'_> {
-    fn by_tiles<E: Element, R: RowSelector>(
+    /// For each of the rows `open`, the score of the sample that it asks for.
+    #[inline(always)]
+    fn guesses<S: Simd, E: Element, R: RowSelector>(
         &self,
-        keys: &KeyPanels<E>,
+        simd: S,
+        sample: &KeyPanels<E>,
         selector: &R,
-        chosen: &mut [Vec<usize>],
+        open: Range<usize>,
         scratch: &mut Scratch,
-    ) {
-        let mut states: Vec<Option<R::State>> = Vec::with_capacity(self.len);
-        let mut n_keys = 0;
-        for (r, chosen) in chosen.iter_mut().enumerate() {
-            let row = self.first + r;
-            states.push(match selector.without_scores(row) {
-                Some(all) => {
-                    *chosen = all;
-                    None
-                }
-                None => {
-                    n_keys = n_keys.max(selector.visible(row));
-                    Some(selector.start(row))
-                }
-            });
-        }
-        scratch.combined.resize(self.len * TILE, 0.0);
+    ) -> Vec<Option<f32>> {
+        let every = |row: usize| selector.visible(row).div_ceil(SAMPLING);
+        let ranks: Vec<_> = open.clone().map(|r| selector.rank_in_sample(self.first + r)).collect();
+        let last = ranks.iter().rposition(Option::is_some);
+        let n_keys = last.map_or(0, |last| every(self.first + open.start + last)).min(sample.len());
+        let mut scores = std::mem::take(&mut scratch.sample);
+        scores.resize(open.len() * n_keys, 0.0);
         for first in (0..n_keys).step_by(TILE) {
             let end = (first + TILE).min(n_keys);
-            self.score(keys, first..end, scratch);
-            for (r, state) in states.iter_mut().enumerate() {
+            self.score(simd, sample, open.clone(), first..end, scratch);
+            for (scores, tile) in scores.chunks_exact_mut(n_keys).zip(scratch.combined.chunks_exact(TILE)) {
+                scores[first..end].copy_from_slice(&tile[..end - first]);
+            }
+        }
+        let mut of_rows = scores.chunks_exact(n_keys.max(1));
+        let guess = |(at, rank): (usize, Option<usize>)| {
+            let scores = of_rows.next()?;
+            let seen = every(self.first + open.start + at).min(n_keys);
+            nth_largest(simd, &scores[..seen], rank?, &mut scratch.keys)
+        };
+        let guesses = ranks.into_iter().enumerate().map(guess).collect();
+        scratch.sample = scores;
+        guesses
+    }
+
+    /// Takes the scores of the rows `open`; gives those whose guess was wrong.
+    #[inline(always)]
+    fn pass<S: Simd, E: Element, R: RowSelector>(
+        &self,
+        simd: S,
+        keys: &KeyPanels<E>,
+        selector: &R,
+        (open, guesses): (Range<usize>, &[Option<f32>]),
+        chosen: &mut [Vec<u32>],
+        scratch: &mut Scratch,
+    ) -> Vec<usize> {
+        let start = |(r, guess): (usize, &Option<f32>)| selector.start(self.first + r, *guess);
+        let mut states: Vec<R::State> = open.clone().zip(guesses).map(start).collect();
+        let n_keys = open.clone().map(|r| selector.visible(self.first + r)).max().unwrap_or(0);
+        for first in (0..n_keys).step_by(TILE) {
+            let end = (first + TILE).min(n_keys);
+            self.score(simd, keys, open.clone(), first..end, scratch);
+            let tiles = scratch.combined.chunks_exact(TILE);
+            for ((r, state), scores) in open.clone().zip(&mut states).zip(tiles) {
                 let seen = selector.visible(self.first + r).min(end).saturating_sub(first);
-                if let Some(state) = state
-                    && seen > 0
-                {
-                    selector.take(state, first, &scratch.combined[r * TILE..][..seen]);
-                }
+                selector.take(simd, state, first, &scores[..seen]);
             }
         }
-        for (r, (state, chosen)) in states.into_iter().zip(chosen).enumerate() {
-            if let Some(state) = state {
-                *chosen = selector.finish(self.first + r, state);
+        let mut wrong = Vec::new();
+        for (r, state) in open.zip(&mut states) {
+            match selector.finish(simd, self.first + r, state) {
+                Some(list) => chosen[r] = list,
+                None => wrong.push(r),
             }
         }
+        wrong
     }
 
     /// All scores of one row, shares of the keys in parallel.
     fn by_shares<E: Element, R: RowSelector>(
         &self,
+        isa: Isa,
         keys: &KeyPanels<E>,
         selector: &R,
-        chosen: &mut [Vec<usize>],
+        chosen: &mut Vec<u32>,
     ) {
         if let Some(all) = selector.without_scores(self.first) {
-            chosen[0] = all;
+            *chosen = all;
             return;
         }
-        let n_keys = selector.visible(self.first);
-        let mut scores = vec![0.0; n_keys];
+        let mut scores = vec![0.0; selector.visible(self.first)];
         for_each_task(scores.chunks_mut(SHARE).enumerate(), Scratch::default, |scratch, (share, scores)| {
-            scratch.combined.resize(TILE, 0.0);
-            for (tile, scores) in scores.chunks_mut(TILE).enumerate() {
-                let first = share * SHARE + tile * TILE;
-                self.score(keys, first..first + scores.len(), scratch);
-                scores.copy_from_slice(&scratch.combined[..scores.len()]);
-            }
+            isa.run(Share { rows: *self, keys, first: share * SHARE, scores, scratch });
         });
-        let mut state = selector.start(self.first);
-        selector.take(&mut state, 0, &scores);
-        chosen[0] = selector.finish(self.first, state);
+        *chosen = isa.run(TakeAll { selector, row: self.first, scores: &scores });
     }
 
-    /// Scores of some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
-    fn score<E: Element>(&self, keys: &KeyPanels<E>, range: std::ops::Range<usize>, scratch: &mut Scratch) {
+    /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
+    #[inline(always)]
+    fn score<S: Simd, E: Element>(
+        &self,
+        simd: S,
+        keys: &KeyPanels<E>,
+        open: Range<usize>,
+        range: Range<usize>,
+        scratch: &mut Scratch,
+    ) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
-        let Scratch { products, combined, wide } = scratch;
-        let head_rows =
-            (self.list * rows + self.first) * heads..(self.list * rows + self.first + self.len) * heads;
+        let Scratch { products, combined, wide, .. } = scratch;
+        let first = self.list * rows + self.first;
+        let head_rows = (first + open.start) * heads..(first + open.end) * heads;
         let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
         let weights = self.queries.weights.as_ref().map(|weights| &weights[head_rows]);
         let plain = heads == 1 && weights.is_none();
-        products.resize(if plain { 0 } else { self.len * heads * TILE }, 0.0);
+        combined.resize(combined.len().max(open.len() * TILE), 0.0);
+        products.resize(if plain { 0 } else { products.len().max(open.len() * heads * TILE) }, 0.0);
         let scores = if plain { &mut *combined } else { &mut *products };
         let panels = range.start / PANEL..range.end.div_ceil(PANEL);
-        self.isa.run(ScoreRows { q, keys, panels, scores, stride: TILE, wide });
-        self.isa.run(Combine { products, combined, heads, weights, relu });
+        ScoreRows { q, keys, panels, scores, stride: TILE, wide }.eval(simd);
+        let (products, n_keys) = (products.as_slice(), range.len());
+        combine(products, &mut combined[..open.len() * TILE], [heads, n_keys], weights, relu);
+    }
+}
+
+/// A stretch of the scores of one row.
+struct Share<'a, E> {
+    rows: Rows<'a>,
+    keys: &'a KeyPanels<E>,
+    first: usize,
+    scores: &'a mut [f32],
+    scratch: &'a mut Scratch,
+}
+
+impl<E: Element> SimdOp for Share<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { rows, keys, first, scores, scratch } = self;
+        for (tile, scores) in scores.chunks_mut(TILE).enumerate() {
+            let first = first + tile * TILE;
+            rows.score(simd, keys, 0..1, first..first + scores.len(), scratch);
+            scores.copy_from_slice(&scratch.combined[..scores.len()]);
+        }
+    }
+}
+
+/// All scores of one row at once.
+struct TakeAll<'a, R: RowSelector> {
+    selector: &'a R,
+    row: usize,
+    scores: &'a [f32],
+}
+
+impl<R: RowSelector> SimdOp for TakeAll<'_, R> {
+    type Output = Vec<u32>;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> Vec<u32> {
+        let Self { selector, row, scores } = self;
+        let mut state = selector.start(row, None);
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                for (tile, scores) in scores.chunks(TILE).enumerate() {
+                    selector.take(simd, &mut state, tile * TILE, scores);
+                }
+                selector.finish(simd, row, &mut state).unwrap_or_default()
+            },
+        )
     }
 }
 
 /// `combined_j = sum_h w_h act(products_hj)`, in place where there is one head of weight 1.
-struct Combine<'a> {
-    products: &'a [f32],
-    combined: &'a mut [f32],
-    heads: usize,
-    weights: Option<&'a [f32]>,
+#[inline(always)]
+fn combine(
+    products: &[f32],
+    combined: &mut [f32],
+    [heads, n_keys]: [usize; 2],
+    weights: Option<&[f32]>,
     relu: bool,
-}
-
-impl SimdOp for Combine<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, _: S) {
-        let Self { products, combined, heads, weights, relu } = self;
-        if products.is_empty() {
-            if relu {
-                // Written so that NaN stays.
-                combined.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
-            }
-            return;
+) {
+    // Written so that NaN stays.
+    let act = |x: f32| if relu && x < 0.0 { 0.0 } else { x };
+    if products.is_empty() {
+        if relu {
+            let rows = combined.chunks_exact_mut(TILE);
+            rows.for_each(|row| row[..n_keys].iter_mut().for_each(|x| *x = act(*x)));
         }
-        for (row, (to, of)) in
-            combined.chunks_exact_mut(TILE).zip(products.chunks_exact(heads * TILE)).enumerate()
-        {
-            to.fill(0.0);
-            for (h, products) in of.chunks_exact(TILE).enumerate() {
-                let weight = weights.map_or(1.0, |weights| weights[row * heads + h]);
-                if relu {
-                    to.iter_mut()
-                        .zip(products)
-                        .for_each(|(to, x)| *to += weight * if *x < 0.0 { 0.0 } else { *x });
-                } else {
-                    to.iter_mut().zip(products).for_each(|(to, x)| *to += weight * x);
-                }
-            }
+        return;
+    }
+    for (row, (to, of)) in
+        combined.chunks_exact_mut(TILE).zip(products.chunks_exact(heads * TILE)).enumerate()
+    {
+        to.fill(0.0);
+        for (h, products) in of.chunks_exact(TILE).enumerate() {
+            let weight = weights.map_or(1.0, |weights| weights[row * heads + h]);
+            to[..n_keys].iter_mut().zip(products).for_each(|(to, x)| *to += weight * act(*x));
         }
     }
 }

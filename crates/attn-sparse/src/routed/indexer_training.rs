@@ -22,7 +22,8 @@
 //!
 //! Source: DeepSeek-AI, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", 2025, section 2.1.
 
-use super::dsa::{Dsa, Largest};
+use super::block_indexer::wide;
+use super::dsa::{Dsa, LargestTokens};
 use super::index_inputs::{DsaInputs, index_queries, series};
 use super::indexer::{IndexQueries, select};
 use super::key_panels::{KeyPanels, PANEL, ScoreRows};
@@ -86,8 +87,8 @@ impl Dsa {
         let selected = match target {
             IndexTarget::Visible => None,
             IndexTarget::Selected => {
-                let largest = Largest { top_k: self.top_k, visible: |row| visible(&s, row) };
-                Some(select(&queries, |list| &index_keys[list], &largest))
+                let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(&s, row) };
+                Some(wide(&select(&queries, |list| &index_keys[list], &largest)))
             }
         };
         let mut q = heads_f32(x.q(), 0..s.n_q);
@@ -101,7 +102,7 @@ impl Dsa {
             k,
             queries,
             index_k: heads_f32(&index.index_k, 0..s.n_kv),
-            index_keys,
+            index_keys: index_keys.into_iter().map(|keys| keys.all).collect(),
             selected,
             grad_loss,
             isa: Isa::current(),

@@ -17,7 +17,6 @@
 //! Source: MiniCPM Team, "MiniCPM4: Ultra-Efficient LLMs on End Devices", 2025.
 
 use super::block_indexer::blocks;
-use super::dsa::may_enter;
 use super::ended::{Ended, n_ended};
 use super::key_panels::{KeyPanels, PANEL};
 use super::nsa::{Segment, Weigh, group_probabilities};
@@ -25,7 +24,7 @@ use super::router::{Router, causal_pairs, list_bytes, pairs_up_to, visible};
 use super::rows::rows_f32;
 use crate::BlockMask;
 use crate::decider::Work;
-use crate::select::TopK;
+use crate::select::largest::{Largest, LargestOf};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView, softmax_scale_or_default};
@@ -79,6 +78,13 @@ pub struct KeyMeans {
     len: usize,
 }
 
+/// A thread's scratch: importances of a row, and the largest of them.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    largest: Largest,
+}
+
 impl InfLlm {
     /// The blocks that take slots first; `own` is the last one.
     fn forced(&self, own: usize) -> Vec<usize> {
@@ -100,23 +106,25 @@ impl InfLlm {
     }
 
     /// The forced blocks and the most important others of a row that sees `n` keys.
-    fn chosen(&self, n: usize, shares: &[f32]) -> Vec<usize> {
+    fn chosen(&self, n: usize, shares: &[f32], scratch: &mut Scratch) -> Vec<usize> {
         let own = (n - 1) / self.block_len;
         let mut taken = self.forced(own);
-        let mut top = TopK::new(self.top_k - taken.len());
-        for block in (0..=own).filter(|block| !taken.contains(block)) {
+        // Between the first blocks and the local ones.
+        let open = self.init_blocks..own.min((own + 1).saturating_sub(self.local_blocks));
+        let importance = |block: usize| {
             let (start, end) = (block * self.block_len, (block + 1) * self.block_len);
             let first =
                 if start < self.mean_len { 0 } else { (start - self.mean_len) / self.mean_stride + 1 };
             let last = end.div_ceil(self.mean_stride).min(shares.len());
-            let overlapping = shares.iter().take(last).skip(first);
+            let overlapping = shares.get(first..last).unwrap_or_default();
             // NaN stays.
-            let most = overlapping.fold(0.0, |most: f32, x| if *x > most || x.is_nan() { *x } else { most });
-            if may_enter(most, top.threshold()) {
-                top.offer(most, block);
-            }
-        }
-        taken.extend(top.take());
+            overlapping.iter().fold(0.0, |most: f32, x| if *x > most || x.is_nan() { *x } else { most })
+        };
+        scratch.scores.clear();
+        scratch.scores.extend(open.clone().map(importance));
+        let (scores, largest) = (&scratch.scores, &mut scratch.largest);
+        let best = Isa::current().run(LargestOf { scores, k: self.top_k - taken.len(), largest });
+        taken.extend(best.into_iter().map(|block| open.start + block as usize));
         taken.sort_unstable();
         taken
     }
@@ -178,7 +186,7 @@ impl Router for InfLlm {
         let tasks = lists.chunks_mut(s.n_q.max(1)).enumerate().flat_map(|(head, lists)| {
             lists.chunks_mut(len).enumerate().map(move |(block, lists)| (head, block * len, lists))
         });
-        for_each_task(tasks, Segment::default, |segment, (head, first, lists)| {
+        for_each_task(tasks, <(Segment, Scratch)>::default, |(segment, scratch), (head, first, lists)| {
             let (batch, kv_head) = (head / s.n_heads_kv, head % s.n_heads_kv);
             let last = visible(&s, first + lists.len() - 1);
             if self.all_blocks(last).is_none() {
@@ -200,14 +208,18 @@ impl Router for InfLlm {
             for (row, list) in lists.iter_mut().enumerate() {
                 let n = visible(&s, first + row);
                 *list = self.all_blocks(n).unwrap_or_else(|| {
-                    let segments = std::slice::from_ref(segment);
+                    let segments = std::slice::from_ref(&*segment);
                     let shares =
                         group_probabilities(segments, row * group, group, ended.visible(first + row));
-                    self.chosen(n, &shares)
+                    self.chosen(n, &shares, scratch)
                 });
             }
         });
         blocks(shape, self.block_len, s.n_heads_kv, &lists)
+    }
+
+    fn entries(&self) -> usize {
+        self.top_k.max(self.dense_len.div_ceil(self.block_len))
     }
 
     fn work(&self, shape: &AttnShape) -> Work {

@@ -53,6 +53,73 @@ impl<E: Element> KeyPanels<E> {
     }
 }
 
+/// Every so many keys one is in the sample.
+pub(super) const SAMPLING: usize = 16;
+
+/// Keys, and every [`SAMPLING`]th of them once more: scores of the sample say what the largest scores of all will be.
+#[derive(Debug, Clone)]
+pub(super) struct SampledPanels<E> {
+    pub(super) all: KeyPanels<E>,
+    /// Key `SAMPLING * t` is the `t`-th.
+    pub(super) sample: KeyPanels<E>,
+}
+
+impl<E: Element> SampledPanels<E> {
+    /// No keys yet.
+    pub(super) fn new(width: usize) -> Self {
+        Self { all: KeyPanels::new(width), sample: KeyPanels::new(width) }
+    }
+
+    /// Appends a key, rounded to the storage type.
+    pub(super) fn push(&mut self, row: impl Iterator<Item = f32> + Clone) {
+        if self.all.len.is_multiple_of(SAMPLING) {
+            self.sample.push(row.clone());
+        }
+        self.all.push(row);
+    }
+
+    /// Bytes of memory held.
+    pub(super) fn bytes(&self) -> usize {
+        self.all.bytes() + self.sample.bytes()
+    }
+}
+
+/// Keys with or without a sample of them.
+pub(super) trait Panels: Sync {
+    /// How they are stored.
+    type Number: Element;
+
+    /// All keys.
+    fn all(&self) -> &KeyPanels<Self::Number>;
+
+    /// Every [`SAMPLING`]th of them.
+    fn sample(&self) -> Option<&KeyPanels<Self::Number>>;
+}
+
+impl<E: Element> Panels for KeyPanels<E> {
+    type Number = E;
+
+    fn all(&self) -> &Self {
+        self
+    }
+
+    fn sample(&self) -> Option<&Self> {
+        None
+    }
+}
+
+impl<E: Element> Panels for SampledPanels<E> {
+    type Number = E;
+
+    fn all(&self) -> &KeyPanels<E> {
+        &self.all
+    }
+
+    fn sample(&self) -> Option<&KeyPanels<E>> {
+        Some(&self.sample)
+    }
+}
+
 /// `scores[r, j] = q_r . k_j` for all rows of `q [rows, width]` and the keys of some panels. Lanes behind the last key get 0.
 pub(super) struct ScoreRows<'a, E> {
     pub(super) q: &'a [f32],

@@ -124,6 +124,10 @@ impl Router for Moba {
         })
     }
 
+    fn entries(&self) -> usize {
+        self.top_k
+    }
+
     fn work(&self, shape: &AttnShape) -> Work {
         let gates = crate::heads(shape) * causal_pairs(shape) / self.chunk_len as u64;
         let means = shape.batch * shape.n_heads_kv * shape.n_kv.div_ceil(self.chunk_len) * shape.head_dim * 4;

@@ -4,8 +4,11 @@
 //! prefill, training and decoding:
 //!
 //! ```text
-//! for blocks of queries:   append their keys to the summary;   choose;   attend the chosen keys, each row by itself
+//! for blocks of queries:   append their keys to the summary;   choose;   attend the chosen keys
 //! ```
+//!
+//! Rows that list the same keys meet them side by side (`attn_flash`'s engine, cell of keys by cell of keys). Long sequences come
+//! in larger blocks of queries, so that keys far back still meet many rows at a time.
 //!
 //! What a row sees depends on nothing behind it, and its arithmetic on nothing but what it sees, so causality is strict to
 //! the last bit. Query `i` stands at position `p = i + n_kv - n_q`.
@@ -28,8 +31,12 @@ use attn_flash::TileSizes;
 use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
 use std::fmt;
 
-/// Queries that choose and attend together: bounds the lists that exist at a time.
+/// Queries that choose and attend together, at least; ...
 const BLOCK: usize = 2048;
+/// ... more of long sequences, where few of them choose the same keys, ...
+const BLOCKS: usize = 16;
+/// ... as long as their lists have no more entries than this.
+const ENTRIES: usize = 1 << 21;
 
 /// Chooses keys for queries from a summary of the keys; see the module.
 pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
@@ -64,6 +71,9 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
     /// [`attn_core::AttnError`] if the lists do not fit.
     fn choose(&self, summary: &Self::Summary, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask>;
 
+    /// Entries of a query's list, at most.
+    fn entries(&self) -> usize;
+
     /// What it will take, known before it runs.
     fn work(&self, shape: &AttnShape) -> Work;
 
@@ -74,6 +84,11 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
     fn target(&self) -> Target {
         Target::SoftmaxOverChosen
     }
+}
+
+/// Queries that choose together, whose lists have so many entries.
+pub(super) fn rows_together(n_q: usize, entries: usize) -> usize {
+    (n_q / BLOCKS).min(ENTRIES / entries.max(1)).max(BLOCK)
 }
 
 /// Softmax attention over what a [`Router`] chooses. Causal; streams with its summary beside the cache.
@@ -101,7 +116,7 @@ impl<R: Router> Routed<R> {
         self.router.observe(&mut summary, x.q());
         match x.shape().rows() {
             0 => Ok(Decision::new(SeeAll)),
-            _ => Ok(Decision::row_by_row(self.router.choose(&summary, x.q(), &x.shape())?)),
+            _ => Ok(Decision::by_lists(self.router.choose(&summary, x.q(), &x.shape())?)),
         }
     }
 
@@ -120,8 +135,8 @@ impl<R: Router> Routed<R> {
         if shape.rows() == 0 {
             return Ok(());
         }
-        let decision = Decision::row_by_row(self.router.choose(summary, &q, &shape)?);
-        attend_any(problem, out, lse, &rows_apart(decision.mask(), softmax_scale, &shape))
+        let mask = self.router.choose(summary, &q, &shape)?;
+        attend_any(problem, out, lse, &rows_apart(&mask, mask.sizes().kv, softmax_scale, &shape))
     }
 
     /// Block by block, so that no more than a block's lists exist at a time.
@@ -135,12 +150,13 @@ impl<R: Router> Routed<R> {
             self.router.append(summary, &x.k().narrow(appended..end));
             appended = end;
         };
-        if s.n_q <= BLOCK {
+        let together = rows_together(s.n_q, self.router.entries());
+        if s.n_q <= together {
             extend(&mut summary, s.n_kv);
             self.router.observe(&mut summary, x.q());
             return self.attend(&summary, *x.q(), ((*x.k()).into(), (*x.v()).into()), out, lse);
         }
-        let blocks: Vec<_> = (0..s.n_q).step_by(BLOCK).map(|at| at..(at + BLOCK).min(s.n_q)).collect();
+        let blocks: Vec<_> = (0..s.n_q).step_by(together).map(|at| at..(at + together).min(s.n_q)).collect();
         let n_blocks = blocks.len();
         let mut pieces: Vec<_> = out.into_cuts(blocks.clone()).into_iter().map(Some).collect();
         for (block, rows) in blocks.into_iter().enumerate() {
@@ -248,16 +264,14 @@ impl<R: Router> Streaming for Routed<R> {
     }
 }
 
-/// What the engine computes for a mask whose rows are attended one by one.
+/// What the engine computes for a mask whose rows list blocks of `block` keys each.
 pub(super) fn rows_apart<'a>(
     mask: &'a (dyn Mask + 'a),
+    block: usize,
     softmax_scale: f32,
     shape: &AttnShape,
 ) -> AnySpec<'a> {
-    // Small blocks of rows: a few of them are split along the keys that any of their rows sees, which must not depend on what
-    // later rows choose. So there are many, or too few keys to split.
-    let sizes = TileSizes::new(32, 128).unwrap_or_else(|_| TileSizes::auto(shape));
-    let tiles = Some(sizes.rows_apart());
+    let tiles = Some(TileSizes::auto(shape).rows_apart_by(block));
     AnySpec { tiles, ..AnySpec::new(softmax_scale, mask, &Unchanged) }
 }
 
@@ -279,5 +293,6 @@ pub(super) fn visible(shape: &AttnShape, row: usize) -> usize {
 
 /// Bytes of the lists of a block of queries: an index and a flag an entry.
 pub(super) fn list_bytes(shape: &AttnShape, lists: usize, entries: usize) -> u64 {
-    (shape.batch * lists * shape.n_q.min(BLOCK) * entries * 16) as u64
+    let rows = shape.n_q.min(rows_together(shape.n_q, entries));
+    (shape.batch * lists * rows * entries * 16) as u64
 }

@@ -16,6 +16,7 @@
 //! twice. NaN counts as larger than any number, so that a poisoned key is not lost silently. The functions are pure: same
 //! scores, same list, on every machine.
 
+pub(crate) mod largest;
 pub(crate) mod rank;
 mod stream;
 #[cfg(test)]

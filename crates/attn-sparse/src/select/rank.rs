@@ -2,7 +2,7 @@
 
 /// Scores in ascending order as integers; `-0` and `0` are equal, every NaN is above all numbers.
 #[inline(always)]
-fn ordered(score: f32) -> u32 {
+pub(crate) fn ordered(score: f32) -> u32 {
     if score.is_nan() {
         return u32::MAX;
     }
@@ -50,6 +50,11 @@ pub(crate) fn indices(ranks: &[u64]) -> Vec<usize> {
 /// The score in a rank.
 #[inline(always)]
 pub(crate) fn score_of(rank: u64) -> f32 {
-    let ordered = (rank >> 32) as u32;
+    score_of_key((rank >> 32) as u32)
+}
+
+/// The score that [`ordered`] made an integer of.
+#[inline(always)]
+pub(crate) fn score_of_key(ordered: u32) -> f32 {
     if ordered >> 31 == 1 { f32::from_bits(ordered & !(1 << 31)) } else { f32::from_bits(!ordered) }
 }

@@ -92,7 +92,7 @@ impl Quest {
             builder = builder.inside(Arc::new(Band::causal(&shape, Align::BottomRight)));
         }
         let mask = builder.from_rows(|batch, head, row| pages.row(&shape, [batch, head, row]))?;
-        Ok(Decision::from(mask).apart())
+        Ok(Decision::by_lists(mask))
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Quest;
 use super::bounds::{Grow, LANES, OwnBounds, PageBounds};
 use crate::decode::rows::widen_row;
-use crate::select::TopK;
+use crate::select::largest::Largest;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
@@ -76,7 +76,7 @@ struct Scratch {
     q: Vec<f32>,
     /// `[queries, LANES]`.
     scores: Vec<f32>,
-    tops: Vec<TopK>,
+    tops: Vec<Largest>,
     own: Vec<f32>,
 }
 
@@ -138,7 +138,7 @@ pub(super) fn choose(quest: &Quest, x: &Qkv<'_>, bounds: &[PageBounds]) -> Pages
     for ((at, list), parts) in outputs.into_iter().enumerate().zip(parts.chunks_mut(shares)) {
         let [first, rest @ ..] = parts else { continue };
         for part in rest {
-            first.tops.iter_mut().zip(&part.tops).for_each(|(top, other)| top.merge(other));
+            first.tops.iter_mut().zip(&part.tops).for_each(|(top, other)| top.append(other));
         }
         choice.finish(&block(at), first, per_row, list);
     }
@@ -172,8 +172,8 @@ impl Choice<'_> {
         let Scratch { q, scores, tops, .. } = scratch;
         q.resize(lanes * width, 0.0);
         scores.resize(lanes * LANES, 0.0);
-        tops.iter_mut().for_each(TopK::clear);
-        tops.resize(lanes, TopK::new(self.quest.n_pages()));
+        tops.resize_with(lanes, Largest::default);
+        tops.iter_mut().for_each(|top| top.start(self.quest.n_pages(), None));
         for (lane, q) in q.chunks_exact_mut(width).enumerate() {
             let (row, head) = (block.rows.start + lane / group, block.kv_head * group + lane % group);
             let (positive, negative) = q.split_at_mut(d);
@@ -212,10 +212,34 @@ impl Choice<'_> {
                     let q = &scratch.q[lane * width..][..width];
                     top.offer(q.iter().zip(&scratch.own).map(|(q, bound)| q * bound).sum(), complete);
                 }
-                let list = &mut lists[lane * per_row..][..per_row];
-                list.iter_mut().zip(top.take()).for_each(|(to, page)| *to = page as u32);
             }
         }
+        let lanes = block.rows.len() * group;
+        self.isa.run(WriteLists { tops: &mut scratch.tops[..lanes], lists, per_row });
+    }
+}
+
+/// Writes the pages of each query.
+struct WriteLists<'a> {
+    tops: &'a mut [Largest],
+    lists: &'a mut [u32],
+    per_row: usize,
+}
+
+impl SimdOp for WriteLists<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                for (top, list) in self.tops.iter_mut().zip(self.lists.chunks_exact_mut(self.per_row)) {
+                    let pages = top.finish(simd).unwrap_or_default();
+                    list.iter_mut().zip(pages).for_each(|(to, page)| *to = page);
+                }
+            },
+        );
     }
 }
 
@@ -225,7 +249,7 @@ struct ScoreTiles<'a, F> {
     tiles: Range<usize>,
     q: &'a [f32],
     scores: &'a mut [f32],
-    tops: &'a mut [TopK],
+    tops: &'a mut [Largest],
     /// Pages that a query sees.
     visible: F,
 }
@@ -249,11 +273,10 @@ impl<F: Fn(usize) -> usize> SimdOp for ScoreTiles<'_, F> {
             for (lane, (top, scores)) in self.tops.iter_mut().zip(self.scores.chunks_exact(LANES)).enumerate()
             {
                 let seen = (self.visible)(lane).saturating_sub(first).min(LANES);
-                for (page, score) in scores[..seen].iter().enumerate() {
-                    if *score >= top.threshold() || score.is_nan() {
-                        top.offer(*score, first + page);
-                    };
-                }
+                simd.vectorize(
+                    #[inline(always)]
+                    || top.take(simd, first, &scores[..seen]),
+                );
             }
         }
     }

@@ -1,16 +1,16 @@
 //! The window and the entries, each a call of the engine, merged through their log-sum-exps.
 
 use super::{CompressedAttention, Entries};
-use crate::routed::dsa::{Largest, tokens};
+use crate::routed::dsa::{LargestTokens, tokens};
 use crate::routed::ended::{Ended, n_ended};
 use crate::routed::indexer::{IndexQueries, select};
-use crate::routed::key_panels::KeyPanels;
+use crate::routed::key_panels::Panels;
 use crate::routed::router::rows_apart;
 use crate::{BlockMask, SharedMask};
 use attn_core::mask::{Align, Band, Mask};
 use attn_core::merge::{apply_sinks, merge_into};
 use attn_core::score::Unchanged;
-use attn_core::{AttnShape, Element, Result, View, ViewMut};
+use attn_core::{AttnShape, Result, View, ViewMut};
 use attn_flash::engine::{AnySpec, KvView, Problem, attend_any};
 use std::sync::Arc;
 
@@ -41,22 +41,26 @@ impl CompressedAttention {
         Ok(match chosen {
             None => Arc::new(Ended::of(self.rate, self.rate, s)),
             Some((lists, chosen)) => {
-                let mask: BlockMask = tokens(&over, lists, chosen.to_vec())?;
+                let narrow = |list: &Vec<usize>| list.iter().map(|entry| *entry as u32).collect();
+                let chosen: Vec<Vec<u32>> = chosen.iter().map(narrow).collect();
+                let mask: BlockMask = tokens(&over, lists, &chosen)?;
                 Arc::new(mask)
             }
         })
     }
 
     /// What an indexer over entries chooses; none in the heavy form.
-    pub(super) fn choose<'k, E: Element>(
+    pub(super) fn choose<'k, K: Panels + 'k>(
         &self,
         s: &AttnShape,
         queries: &IndexQueries,
-        keys: impl Fn(usize) -> &'k KeyPanels<E> + Sync,
+        keys: impl Fn(usize) -> &'k K + Sync,
     ) -> Vec<Vec<usize>> {
         let Entries::Sparse { top_k, .. } = self.entries else { return Vec::new() };
         let ended = Ended::of(self.rate, self.rate, s);
-        select(queries, keys, &Largest { top_k, visible: |row| ended.visible(row) })
+        let chosen = select(queries, keys, &LargestTokens { top_k, visible: |row| ended.visible(row) });
+        let wide = |list: Vec<u32>| list.into_iter().map(|entry| entry as usize).collect();
+        chosen.into_iter().map(wide).collect()
     }
 
     /// Entries of the first `n` tokens.
@@ -87,7 +91,7 @@ impl Call<'_> {
         let shape = self.entry_problem()?.shape();
         Ok(match self.attention.entries {
             Entries::Heavy => AnySpec::new(self.softmax_scale, seen, &Unchanged),
-            Entries::Sparse { .. } => rows_apart(seen, self.softmax_scale, &shape),
+            Entries::Sparse { .. } => rows_apart(seen, 1, self.softmax_scale, &shape),
         })
     }
 

@@ -5,7 +5,7 @@ use super::compression::Compressed;
 use super::inputs::{NsaInputs, NsaOutputs};
 use super::{Nsa, NsaGates};
 use crate::profile::USUAL;
-use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to};
+use crate::routed::router::{causal_pairs, list_bytes, pairs_up_to, rows_together};
 use crate::routed::rows::heads_f32;
 use crate::store::store;
 use attn_core::exact::{Exact, Reference};
@@ -17,8 +17,8 @@ use attn_core::{
 };
 use std::ops::Range;
 
-/// Queries whose branches exist at a time.
-const BLOCK: usize = 2048;
+/// Entries of a row's list that its branches count as: they bound the rows whose branches exist at a time.
+const BRANCHES: usize = 64;
 
 impl Nsa {
     /// All branches and their gated sum; what [`Nsa::backward`](Nsa::backward_with) needs.
@@ -107,7 +107,11 @@ impl Attention for Nsa {
         let flops = softmax_flops(compressed + selected + window, s) + scores;
         let widths = s.head_dim + s.head_dim_v;
         let blocks = s.batch * s.n_heads_kv * self.n_complete(s.n_kv) * (3 * widths) * 4;
-        let rows = s.batch * s.n_heads_q * s.n_q.min(BLOCK) * (s.head_dim + 5 * s.head_dim_v) * 4;
+        let rows = s.batch
+            * s.n_heads_q
+            * s.n_q.min(rows_together(s.n_q, BRANCHES))
+            * (s.head_dim + 5 * s.head_dim_v)
+            * 4;
         let lists = list_bytes(s, s.n_heads_kv, self.n_selected);
         Cost::of(s, dtype, flops, (blocks + rows) as u64 + lists)
     }
@@ -117,7 +121,8 @@ impl Attention for Nsa {
         self.check()?;
         let s = x.shape();
         softmax_scale_or_default(self.softmax_scale, s.head_dim)?;
-        let blocks: Vec<_> = (0..s.n_q).step_by(BLOCK).map(|at| at..(at + BLOCK).min(s.n_q)).collect();
+        let together = rows_together(s.n_q, BRANCHES);
+        let blocks: Vec<_> = (0..s.n_q).step_by(together).map(|at| at..(at + together).min(s.n_q)).collect();
         let (n_blocks, mut pieces) = (blocks.len(), out.into_cuts(blocks.clone()));
         let (mut compressed, mut appended) = (Compressed::new(&StreamShape::of(&x)), 0);
         if s.rows() == 0 {

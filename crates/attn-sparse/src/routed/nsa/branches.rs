@@ -76,7 +76,8 @@ impl Nsa {
         };
         let problem = || Problem::cached(q, kv.0, kv.1, None);
         let decision = self.decision(&s, &selected)?;
-        let select = rows.branch(problem()?, &rows_apart(decision.mask(), rows.softmax_scale, &s))?;
+        let select =
+            rows.branch(problem()?, &rows_apart(decision.mask(), self.select_len, rows.softmax_scale, &s))?;
         let band = rows.band(self);
         let window = match self.window {
             0 => None,

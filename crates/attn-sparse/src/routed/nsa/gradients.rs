@@ -93,7 +93,7 @@ impl Nsa {
 
         let problem = || Problem::cached(q, *x.qkv.k(), *x.qkv.v(), None);
         let decision = self.decision(&s, &y.selected)?;
-        let spec = rows_apart(decision.mask(), rows.softmax_scale, &s);
+        let spec = rows_apart(decision.mask(), self.select_len, rows.softmax_scale, &s);
         let mut sum = step(&y.select, select).backward(problem()?, &spec)?;
         add(&mut sum.q, &of_means.q);
         let mut gate_window = Vec::new();

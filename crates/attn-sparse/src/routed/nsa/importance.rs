@@ -7,11 +7,10 @@ use super::compression::{Compressed, CompressedHead};
 use super::inputs::NsaBranch;
 use super::segment::{Segment, Weigh};
 use super::{Nsa, branches::Rows};
-use crate::routed::dsa::may_enter;
 use crate::routed::ended::Ended;
 use crate::routed::key_panels::PANEL;
 use crate::routed::rows::rows_f32;
-use crate::select::TopK;
+use crate::select::largest::{Largest, LargestOf};
 use attn_core::TensorView;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::Isa;
@@ -145,14 +144,12 @@ impl Nsa {
         }
         let n = rows.ended(self).visible(row);
         let shares = group_probabilities(segments, first, heads, n);
-        let mut top = TopK::new(self.n_selected - taken.len());
-        for block in (0..=own).filter(|block| !taken.contains(block)) {
-            let score = self.importance(block, &shares);
-            if may_enter(score, top.threshold()) {
-                top.offer(score, block);
-            }
-        }
-        taken.extend(top.take());
+        // Behind the first one and before the previous one.
+        let open = 1..own.saturating_sub(1).max(1);
+        let scores: Vec<f32> = open.clone().map(|block| self.importance(block, &shares)).collect();
+        let (k, largest) = (self.n_selected - taken.len(), &mut Largest::default());
+        let best = Isa::current().run(LargestOf { scores: &scores, k, largest });
+        taken.extend(best.into_iter().map(|block| open.start + block as usize));
         taken.sort_unstable();
         taken
     }
@@ -164,7 +161,7 @@ impl Nsa {
         let first = if start < l { 0 } else { (start - l) / t + 1 };
         let last = end.div_ceil(t).min(shares.len());
         let mut sum = 0.0;
-        for (c, share) in shares.iter().enumerate().take(last).skip(first) {
+        for (c, share) in (first..).zip(shares.get(first..last).unwrap_or_default()) {
             let common = (c * t + l).min(end) - (c * t).max(start);
             sum += common as f32 * share;
         }

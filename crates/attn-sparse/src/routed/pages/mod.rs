@@ -33,7 +33,7 @@ pub use infllm_memory::{InfLlmMemory, Representatives};
 pub use loki::Loki;
 pub use notes::PageNotes;
 
-use super::block_indexer::blocks;
+use super::block_indexer::{blocks, wide};
 use super::dsa::tokens;
 use super::indexer::{IndexQueries, select};
 use super::router::{Router, causal_pairs, list_bytes, pairs_up_to};
@@ -196,7 +196,12 @@ impl<S: PageScorer> Router for S {
         let queries = IndexQueries { lists, heads: 1, rows: s.n_q, width, data, weights: None, relu: false };
         let selector = TopPages { pages: self.pages(), all_up_to: self.calibration_len(), shape };
         let chosen = select(&queries, |list| &notes.heads[kv_head(list)].notes, &selector);
-        masked(&self.pages(), shape, s.n_heads_q, chosen)
+        masked(&self.pages(), shape, s.n_heads_q, &chosen)
+    }
+
+    fn entries(&self) -> usize {
+        let pages = self.pages();
+        pages.n_pages.max(self.calibration_len().div_ceil(pages.page_len.max(1)))
     }
 
     fn work(&self, shape: &AttnShape) -> Work {
@@ -222,10 +227,10 @@ fn growth(pages: &Pages, width: usize) -> Growth {
 }
 
 /// Pages that were chosen, seen causally by `lists` groups of query heads.
-fn masked(pages: &Pages, shape: &AttnShape, lists: usize, chosen: Vec<Vec<usize>>) -> Result<BlockMask> {
+fn masked(pages: &Pages, shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
     match pages.page_len {
         1 => tokens(shape, lists, chosen),
-        len => blocks(shape, len, lists, &chosen),
+        len => blocks(shape, len, lists, &wide(chosen)),
     }
 }
 

@@ -1,11 +1,12 @@
 //! The pages that a row takes: forced ones first, then those with the largest scores.
 
 use super::Pages;
-use crate::routed::dsa::Largest;
+use crate::routed::dsa::LargestTokens;
 use crate::routed::indexer::RowSelector;
 use crate::routed::router::visible;
-use crate::select::TopK;
+use crate::select::largest::Largest;
 use attn_core::AttnShape;
+use attn_core::simd::Simd;
 
 /// See the module.
 pub(super) struct TopPages<'a> {
@@ -21,36 +22,42 @@ impl TopPages<'_> {
         visible(self.shape, row).div_ceil(self.pages.page_len)
     }
 
-    fn largest(&self) -> Largest<impl Fn(usize) -> usize + Sync + '_> {
+    fn largest(&self) -> LargestTokens<impl Fn(usize) -> usize + Sync + '_> {
         let Pages { n_pages, first, last, .. } = self.pages;
-        Largest { top_k: n_pages - first - last, visible: move |row| self.seen(row).saturating_sub(last) }
+        LargestTokens {
+            top_k: n_pages - first - last,
+            visible: move |row| self.seen(row).saturating_sub(last),
+        }
     }
 }
 
 impl RowSelector for TopPages<'_> {
-    type State = TopK;
+    type State = Largest;
 
     fn visible(&self, row: usize) -> usize {
         (self.largest().visible)(row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<usize>> {
+    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
         let (seen, keys) = (self.seen(row), visible(self.shape, row));
-        (seen <= self.pages.n_pages || keys <= self.all_up_to).then(|| (0..seen).collect())
+        (seen <= self.pages.n_pages || keys <= self.all_up_to).then(|| (0..seen as u32).collect())
     }
 
-    fn start(&self, row: usize) -> TopK {
-        self.largest().start(row)
+    fn start(&self, row: usize, guess: Option<f32>) -> Largest {
+        self.largest().start(row, guess)
     }
 
-    fn take(&self, top: &mut TopK, first: usize, scores: &[f32]) {
+    #[inline(always)]
+    fn take<S: Simd>(&self, simd: S, top: &mut Largest, first: usize, scores: &[f32]) {
         let forced = self.pages.first.saturating_sub(first).min(scores.len());
-        self.largest().take(top, first + forced, &scores[forced..]);
+        top.take(simd, first + forced, &scores[forced..]);
     }
 
-    fn finish(&self, row: usize, mut top: TopK) -> Vec<usize> {
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, row: usize, top: &mut Largest) -> Option<Vec<u32>> {
         let Pages { first, last, .. } = self.pages;
         let seen = self.seen(row);
-        (0..first).chain(top.take()).chain(seen - last..seen).collect()
+        let taken = top.finish(simd)?.into_iter();
+        Some((0..first as u32).chain(taken).chain((seen - last) as u32..seen as u32).collect())
     }
 }
