@@ -1,15 +1,17 @@
-//! Decoding from a million cached tokens: Quest's choice of pages and their attention, beside exact attention over the same
-//! cache in the same run; and a cache that evicts.
+//! Decoding from a million cached tokens: Quest's choice of pages, DeepSeek sparse attention's choice of tokens, and their
+//! attention, beside exact attention over the same cache in the same run; and a cache that evicts.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use attn_benches::{Problem, measure};
 use attn_core::{AttnShape, Qkv, StreamShape, Streaming, ViewMut};
 use attn_flash::Flash;
 use attn_flash::engine::Problem as Keys;
-use attn_sparse::{Decider, EvictionPolicy, KvEviction, Quest, SparseAttention};
+use attn_sparse::{
+    Decided, Decider, Decision, Dsa, EvictionPolicy, KvEviction, Quest, Router, SparseAttention,
+};
 use criterion::{Criterion, criterion_group, criterion_main};
 
-fn quest(c: &mut Criterion) {
+fn chosen(c: &mut Criterion) {
     let quest = SparseAttention::new(Quest::default());
     for (head_dim, group) in [(64, 1), (128, 1), (128, 4)] {
         let n_kv = 1 << 20;
@@ -32,14 +34,22 @@ fn quest(c: &mut Criterion) {
             quest.attend_decided(&decision, x, out.into(), None).expect("the case is valid");
         };
         step(); // the bounds of the whole cache
-        let chosen = measure(c, &name, "quest", 0, &mut step);
-        if let (Some(exact), Some(chosen)) = (exact, chosen) {
-            println!(
-                "{name}: exact {:.2} ms, quest {:.2} ms, {:.1}x",
-                1e3 * exact,
-                1e3 * chosen,
-                exact / chosen
-            );
+        let pages = measure(c, &name, "quest", 0, &mut step);
+        let dsa = Dsa { top_k: 2048, index_dim: None };
+        let mut index = dsa.summary(&StreamShape::of(&x)).expect("the sizes are served");
+        dsa.append(&mut index, x.k());
+        let tokens = measure(c, &name, "dsa", 0, &mut || {
+            let chosen = dsa.choose(&index, x.q(), &shape).expect("the case is valid");
+            let decision = Decision::row_by_row(chosen);
+            let attention = SparseAttention::new(Decided(decision.clone()));
+            let out = ViewMut::contiguous("out", &mut out, shape.out()).expect("the shape fits");
+            attention.attend_decided(&decision, x, out.into(), None).expect("the case is valid");
+        });
+        for (what, chosen) in [("quest", pages), ("dsa", tokens)] {
+            if let (Some(exact), Some(chosen)) = (exact, chosen) {
+                let times = exact / chosen;
+                println!("{name}: exact {:.2} ms, {what} {:.2} ms, {times:.1}x", 1e3 * exact, 1e3 * chosen);
+            }
         }
     }
 }
@@ -73,5 +83,5 @@ fn eviction(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, quest, eviction);
+criterion_group!(benches, chosen, eviction);
 criterion_main!(benches);

@@ -10,9 +10,8 @@
 //!
 //! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
-use super::key_panels::{KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
+use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
 use crate::select::largest::nth_largest;
-use attn_core::Element;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use std::ops::Range;
@@ -162,7 +161,7 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
 impl Rows<'_> {
     /// For each of the rows `open`, the score of the sample that it asks for.
     #[inline(always)]
-    fn guesses<S: Simd, E: Element, R: RowSelector>(
+    fn guesses<S: Simd, E: KeyNumber, R: RowSelector>(
         &self,
         simd: S,
         sample: &KeyPanels<E>,
@@ -196,7 +195,7 @@ impl Rows<'_> {
 
     /// Takes the scores of the rows `open`; gives those whose guess was wrong.
     #[inline(always)]
-    fn pass<S: Simd, E: Element, R: RowSelector>(
+    fn pass<S: Simd, E: KeyNumber, R: RowSelector>(
         &self,
         simd: S,
         keys: &KeyPanels<E>,
@@ -228,7 +227,7 @@ impl Rows<'_> {
     }
 
     /// All scores of one row, shares of the keys in parallel.
-    fn by_shares<E: Element, R: RowSelector>(
+    fn by_shares<E: KeyNumber, R: RowSelector>(
         &self,
         isa: Isa,
         keys: &KeyPanels<E>,
@@ -248,7 +247,7 @@ impl Rows<'_> {
 
     /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
     #[inline(always)]
-    fn score<S: Simd, E: Element>(
+    fn score<S: Simd, E: KeyNumber>(
         &self,
         simd: S,
         keys: &KeyPanels<E>,
@@ -282,7 +281,7 @@ struct Share<'a, E> {
     scratch: &'a mut Scratch,
 }
 
-impl<E: Element> SimdOp for Share<'_, E> {
+impl<E: KeyNumber> SimdOp for Share<'_, E> {
     type Output = ();
 
     #[inline(always)]

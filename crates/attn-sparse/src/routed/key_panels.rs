@@ -5,12 +5,18 @@
 //! (decoding) or many, and however the keys were appended.
 
 use attn_core::Element;
-use attn_core::simd::{Simd, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, product};
+use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
+use attn_core::tile::{Lhs, Rhs, Start, Stored, TileMut, product, read_rows};
+use attn_core::view::Rows;
 use std::ops::Range;
 
 /// Keys of a panel.
 pub(super) const PANEL: usize = 64;
+
+/// How keys are stored.
+pub(super) trait KeyNumber: Element + Stored {}
+
+impl<E: Element + Stored> KeyNumber for E {}
 
 /// Keys that grow at the end; `[panels][width][PANEL]`.
 #[derive(Debug, Clone)]
@@ -87,7 +93,7 @@ impl<E: Element> SampledPanels<E> {
 /// Keys with or without a sample of them.
 pub(super) trait Panels: Sync {
     /// How they are stored.
-    type Number: Element;
+    type Number: KeyNumber;
 
     /// All keys.
     fn all(&self) -> &KeyPanels<Self::Number>;
@@ -96,7 +102,7 @@ pub(super) trait Panels: Sync {
     fn sample(&self) -> Option<&KeyPanels<Self::Number>>;
 }
 
-impl<E: Element> Panels for KeyPanels<E> {
+impl<E: KeyNumber> Panels for KeyPanels<E> {
     type Number = E;
 
     fn all(&self) -> &Self {
@@ -108,7 +114,7 @@ impl<E: Element> Panels for KeyPanels<E> {
     }
 }
 
-impl<E: Element> Panels for SampledPanels<E> {
+impl<E: KeyNumber> Panels for SampledPanels<E> {
     type Number = E;
 
     fn all(&self) -> &KeyPanels<E> {
@@ -132,7 +138,7 @@ pub(super) struct ScoreRows<'a, E> {
     pub(super) wide: &'a mut Vec<f32>,
 }
 
-impl<E: Element> SimdOp for ScoreRows<'_, E> {
+impl<E: KeyNumber> SimdOp for ScoreRows<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -143,15 +149,69 @@ impl<E: Element> SimdOp for ScoreRows<'_, E> {
             let stored = &self.keys.data[panel * width * PANEL..][..width * PANEL];
             let b = match E::as_f32(stored) {
                 Some(numbers) => numbers,
+                None if rows == 1 => {
+                    score_one(simd, self.q, stored, &mut self.scores[at * PANEL..][..PANEL]);
+                    continue;
+                }
                 None => {
                     self.wide.resize(width * PANEL, 0.0);
-                    self.wide.iter_mut().zip(stored).for_each(|(wide, x)| *wide = x.load());
+                    read_rows(simd, Rows::new(stored, width, PANEL, PANEL), self.wide);
                     &*self.wide
                 }
             };
             let a = Lhs { data: self.q, row_stride: width, col_stride: 1 };
             let c = TileMut { data: &mut self.scores[at * PANEL..], stride: self.stride };
             product(simd, [rows, PANEL, width], a, Rhs { data: b, stride: PANEL }, c, Start::Zero);
+        }
+    }
+}
+
+/// The scores of one row and a panel, `[width, PANEL]`, whose numbers are widened in registers: the sums of `product`, number for
+/// number.
+#[inline(always)]
+fn score_one<S: Simd, E: Stored>(simd: S, q: &[f32], panel: &[E], scores: &mut [f32]) {
+    let (lanes, step) = (S::f32s::LEN, 4 * S::f32s::LEN);
+    for (first, scores) in (0..PANEL).step_by(step).zip(scores.chunks_exact_mut(step)) {
+        let mut sums = [S::f32s::splat(simd, 0.0); 4];
+        for (q, keys) in q.iter().zip(panel.chunks_exact(PANEL)) {
+            let (q, four) = (S::f32s::splat(simd, *q), E::load4(simd, &keys[first..first + step]));
+            for (sum, keys) in sums.iter_mut().zip(&four) {
+                *sum = q.mul_add(*keys, *sum);
+            }
+        }
+        for (sum, scores) in sums.iter().zip(scores.chunks_exact_mut(lanes)) {
+            sum.store_slice(scores);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use attn_core::simd::Isa;
+    use half::bf16;
+
+    /// A row scored alone has the bits that it has among others.
+    #[test]
+    fn one_row_is_scored_as_many_are() {
+        let number = |x: usize| ((x * 7919 % 1013) as f32 - 500.0) * 0.013;
+        for (width, n) in [(1, 5), (7, 64), (16, 130)] {
+            let mut keys = KeyPanels::<bf16>::new(width);
+            (0..n).for_each(|key| keys.push((0..width).map(|c| number(key * width + c))));
+            let q: Vec<f32> = (0..3 * width).map(|x| number(x + 17)).collect();
+            let (panels, stride) = (0..n.div_ceil(PANEL), n.next_multiple_of(PANEL));
+            for isa in Isa::available() {
+                let run = |q: &[f32]| {
+                    let (mut scores, wide) = (vec![f32::NAN; q.len() / width * stride], &mut Vec::new());
+                    let panels = panels.clone();
+                    isa.run(ScoreRows { q, keys: &keys, panels, scores: &mut scores, stride, wide });
+                    scores
+                };
+                let all = run(&q);
+                for (row, q) in q.chunks_exact(width).enumerate() {
+                    assert_eq!(run(q), all[row * stride..][..stride], "{isa} {width} {n}");
+                }
+            }
         }
     }
 }
