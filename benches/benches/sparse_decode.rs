@@ -72,7 +72,8 @@ fn eviction(c: &mut Criterion) {
         let mut state = KvEviction::new(policy).start(StreamShape::of(&x)).expect("it streams");
         let mut append = |rows: std::ops::Range<usize>| {
             let part = part(rows);
-            let out = ViewMut::contiguous("out", &mut out, part.shape().out()).expect("the shape fits");
+            let rows = &mut out[..part.shape().rows() * part.shape().head_dim_v];
+            let out = ViewMut::contiguous("out", rows, part.shape().out()).expect("the shape fits");
             state.append(part, out.into()).expect("the rows fit");
         };
         append(0..2048);
