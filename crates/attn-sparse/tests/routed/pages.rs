@@ -3,13 +3,10 @@
 use super::choices::{best, check, dot, keys_of, rows};
 use super::golden::run;
 use super::promises::{parse, tensors};
-use attn_core::exact::Exact;
-use attn_core::mask::{Align, Band, Head};
+use attn_core::mask::Head;
 use attn_core::registry::{NamedTensor, TensorData, find};
 use attn_core::{AttnShape, Qkv};
 use attn_sparse::{ArkVale, DoubleSparsity, InfLlmMemory, Loki, Pages, Routed, Volume};
-use attn_testkit::compare::{Tol, assert_close};
-use attn_testkit::conformance;
 use attn_testkit::inputs::Problem;
 use std::sync::Arc;
 
@@ -216,59 +213,6 @@ fn infllm_takes_the_blocks_by_their_representatives() {
             };
             keys_of(&taken(&pages, p, similarity), block_len, p)
         });
-    }
-}
-
-/// Configurations whose choices matter at the suite's lengths, and one in which everything is chosen.
-const CONFIGURATIONS: [(&str, &[&str], &str); 4] = [
-    (
-        "arkvale",
-        &[
-            "page_len=8 token_budget=48",
-            "page_len=4 token_budget=16 first_pages=0 last_pages=1 volume=ball",
-            "page_len=1 token_budget=9 last_pages=0",
-        ],
-        "page_len=8 token_budget=400",
-    ),
-    (
-        "double-sparsity",
-        &["top_k=12 label_dim=2", "top_k=5 calibration_len=20"],
-        "top_k=400 calibration_len=1",
-    ),
-    ("loki", &["top_k=12 rank=2", "top_k=5 calibration_len=20"], "top_k=400 calibration_len=1"),
-    (
-        "infllm",
-        &[
-            "block_len=4 top_k=5 local_blocks=2",
-            "block_len=7 top_k=4 n_representatives=2 init_blocks=0 local_blocks=3",
-        ],
-        "block_len=4 top_k=100",
-    ),
-];
-
-#[test]
-fn every_promise_is_kept_where_choices_matter() {
-    for (name, configurations, _) in CONFIGURATIONS {
-        let entries = attn_sparse::registry();
-        let configurations: Vec<_> = configurations.iter().map(|c| parse(c)).collect();
-        conformance::check_with(find(&entries, name).unwrap(), &configurations);
-    }
-}
-
-#[test]
-fn with_everything_chosen_it_is_dense_causal_attention() {
-    let s = AttnShape { n_heads_kv: 1, n_q: 90, ..AttnShape::square(2, 130, 16) };
-    let problem = Problem::normal(s, 3);
-    let x = problem.qkv().unwrap();
-    let causal = Band::causal(&s, Align::BottomRight);
-    let want = Exact { mask: &causal, ..Exact::default() }.all(&x).unwrap();
-    for (name, few, all) in CONFIGURATIONS {
-        let got = run(name, &parse(all), &tensors(&problem));
-        assert_close(name, got.f32("o").unwrap().unwrap().1, &want.out, Tol::ScaledMax(4e-6));
-        let got = run(name, &parse(few[0]), &tensors(&problem));
-        let out = got.f32("o").unwrap().unwrap().1;
-        let furthest = out.iter().zip(&want.out).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
-        assert!(furthest > 1e-2, "{name} {}: a choice of few keys is another result", few[0]);
     }
 }
 
