@@ -144,9 +144,8 @@ impl Largest {
                 kept += 1;
             }
         }
-        // Later scores have to reach the least key, and be above it if slots have run out.
-        let floor = if n_reach == self.k { least - 1 } else { least };
-        self.floor = if floor >= ordered(f32::INFINITY) { f32::INFINITY } else { score_of_key(floor) };
+        // All slots are taken: what equals the least comes too late.
+        self.floor = score_reached(least);
         self.len = kept;
     }
 
@@ -210,7 +209,13 @@ pub(crate) fn nth_largest<S: Simd>(simd: S, scores: &[f32], rank: usize, keys: &
     keys.clear();
     keys.extend(scores.iter().map(|score| ordered(*score)));
     let (key, _) = reached_by(simd, keys, rank..=rank + rank / 16);
-    Some(if key >= ordered(f32::INFINITY) { f32::INFINITY } else { score_of_key(key) })
+    Some(score_reached(key))
+}
+
+/// The score of a key; infinity for that of NaN.
+#[inline(always)]
+fn score_reached(key: u32) -> f32 {
+    if key >= ordered(f32::INFINITY) { f32::INFINITY } else { score_of_key(key) }
 }
 
 /// The `k` largest of `scores`, ascending; `largest` is scratch.
