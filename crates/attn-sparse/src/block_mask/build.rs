@@ -152,16 +152,7 @@ impl Builder {
                 }
             },
         );
-        Ok(BlockMask {
-            shape: self.shape,
-            sizes: self.sizes,
-            batch: self.batch,
-            heads: self.heads,
-            row_ptr,
-            blocks,
-            partial: vec![false; n],
-            inside: None,
-        })
+        Ok(self.mask(row_ptr, blocks, vec![false; n]))
     }
 
     /// From a dense layout of blocks, row-major `[batch lists, head lists, block rows, block columns]`.
@@ -267,6 +258,20 @@ impl Builder {
         row
     }
 
+    /// Lists that have been checked.
+    fn mask(&self, row_ptr: Vec<usize>, blocks: Vec<u32>, partial: Vec<bool>) -> BlockMask {
+        BlockMask {
+            shape: self.shape,
+            sizes: self.sizes,
+            batch: self.batch,
+            heads: self.heads,
+            row_ptr,
+            blocks,
+            partial,
+            inside: self.inside.clone(),
+        }
+    }
+
     fn assemble(&self, row: impl Fn(usize, usize, usize) -> Result<Row> + Sync) -> Result<BlockMask> {
         self.check()?;
         let n_rows = self.n_rows();
@@ -288,15 +293,6 @@ impl Builder {
             }
             row_ptr.push(blocks.len());
         }
-        Ok(BlockMask {
-            shape: self.shape,
-            sizes: self.sizes,
-            batch: self.batch,
-            heads: self.heads,
-            row_ptr,
-            blocks,
-            partial,
-            inside: self.inside.clone(),
-        })
+        Ok(self.mask(row_ptr, blocks, partial))
     }
 }
