@@ -102,8 +102,9 @@ pub use routed::{
     ArkVale, BlockIndexer, BlockIndexerInputs, BlockIndexerStream, ChunkMeans, CompressedAttention,
     CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedKv, CompressedOutputs, Decided,
     DoubleSparsity, Dsa, DsaInputs, DsaStream, Entries, EntryIndexer, EntryPooling, IndexKeys, IndexTarget,
-    IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs,
-    NsaOutputs, NsaStream, PageNotes, PageScorer, Pages, Representatives, Routed, Router, Volume,
+    IndexedStream, IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch, NsaGates,
+    NsaGrads, NsaInputs, NsaOutputs, NsaStream, PageNotes, PageScorer, Pages, Representatives, Routed,
+    Router, Volume,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{

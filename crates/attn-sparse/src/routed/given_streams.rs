@@ -16,9 +16,11 @@ use attn_core::{
 };
 use attn_flash::cache::KvCache;
 use attn_flash::engine::{Problem, attend_any};
+use std::fmt;
 
-/// Keys, values and index keys.
-struct Indexed {
+/// A stream of an indexer `I` whose index queries and keys are given: the cache of keys and values, and beside it the index keys.
+pub struct IndexedStream<I> {
+    indexer: I,
     shape: StreamShape,
     softmax_scale: f32,
     cache: KvCache,
@@ -26,13 +28,20 @@ struct Indexed {
     keys: Vec<KeyPanels<f32>>,
 }
 
-impl Indexed {
-    fn start(shape: StreamShape, softmax_scale: Option<f32>) -> Result<Self> {
+impl<I: fmt::Debug> fmt::Debug for IndexedStream<I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words = f.debug_struct("IndexedStream");
+        words.field("indexer", &self.indexer).field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl<I> IndexedStream<I> {
+    fn start(indexer: I, shape: StreamShape, softmax_scale: Option<f32>) -> Result<Self> {
         let softmax_scale = softmax_scale_or_default(softmax_scale, shape.head_dim)?;
-        Ok(Self { shape, softmax_scale, cache: cache_of(shape)?, keys: Vec::new() })
+        Ok(Self { indexer, shape, softmax_scale, cache: cache_of(shape)?, keys: Vec::new() })
     }
 
-    fn append(
+    fn append_chosen(
         &mut self,
         x: Qkv<'_>,
         index_k: &TensorView<'_>,
@@ -64,52 +73,9 @@ impl Indexed {
         attend_any(problem, out, None, &rows_apart(decision.mask(), block, self.softmax_scale, &shape))
     }
 
-    fn bytes(&self) -> usize {
-        self.cache.bytes() + self.keys.iter().map(KeyPanels::bytes).sum::<usize>()
-    }
-}
-
-/// A stream of [`Dsa`] with a given indexer.
-///
-/// Each appended token costs `O(n_kv index_heads index_dim)` for the scores and `O(top_k (head_dim + head_dim_v))` a query
-/// head.
-pub struct DsaStream {
-    dsa: Dsa,
-    indexed: Indexed,
-}
-
-impl std::fmt::Debug for DsaStream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DsaStream").field("dsa", &self.dsa).field("len", &self.len()).finish_non_exhaustive()
-    }
-}
-
-impl Dsa {
-    /// An empty stream; `softmax_scale` is the attention's, `None` for `1/sqrt(head_dim)`.
-    ///
-    /// # Errors
-    /// [`AttnError`] for settings or head counts that do not fit.
-    pub fn stream(&self, shape: StreamShape, softmax_scale: Option<f32>) -> Result<DsaStream> {
-        self.check()?;
-        Ok(DsaStream { dsa: *self, indexed: Indexed::start(shape, softmax_scale)? })
-    }
-}
-
-impl DsaStream {
-    /// Appends tokens with their index queries, keys and weights; writes what the tokens attend.
-    ///
-    /// # Errors
-    /// [`AttnError`] for tensors that do not fit the stream or each other; nothing has then been appended.
-    pub fn append(&mut self, x: Qkv<'_>, index: &DsaInputs<'_>, out: OutMut<'_>) -> Result<()> {
-        self.indexed.shape.check(&x)?;
-        index.check(&self.dsa, &x.shape())?;
-        let dsa = self.dsa;
-        self.indexed.append(x, &index.index_k, out, |shape, keys| dsa.choose_given(shape, index, keys))
-    }
-
     /// Tokens appended.
     pub fn len(&self) -> usize {
-        self.indexed.cache.len()
+        self.cache.len()
     }
 
     /// Whether nothing has been appended.
@@ -119,23 +85,43 @@ impl DsaStream {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.indexed.bytes()
+        self.cache.bytes() + self.keys.iter().map(KeyPanels::bytes).sum::<usize>()
     }
 }
+
+/// A stream of [`Dsa`] with a given indexer.
+///
+/// Each appended token costs `O(n_kv index_heads index_dim)` for the scores and `O(top_k (head_dim + head_dim_v))` a query
+/// head.
+pub type DsaStream = IndexedStream<Dsa>;
 
 /// A stream of [`BlockIndexer`] with a given indexer.
 ///
 /// Each appended token costs `O(n_kv index_dim)` for the scores of a key/value group and `O(top_k block_len (head_dim +
 /// head_dim_v))` a query head.
-pub struct BlockIndexerStream {
-    indexer: BlockIndexer,
-    indexed: Indexed,
+pub type BlockIndexerStream = IndexedStream<BlockIndexer>;
+
+impl Dsa {
+    /// An empty stream; `softmax_scale` is the attention's, `None` for `1/sqrt(head_dim)`.
+    ///
+    /// # Errors
+    /// [`AttnError`] for settings or head counts that do not fit.
+    pub fn stream(&self, shape: StreamShape, softmax_scale: Option<f32>) -> Result<DsaStream> {
+        self.check()?;
+        IndexedStream::start(*self, shape, softmax_scale)
+    }
 }
 
-impl std::fmt::Debug for BlockIndexerStream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut words = f.debug_struct("BlockIndexerStream");
-        words.field("indexer", &self.indexer).field("len", &self.len()).finish_non_exhaustive()
+impl DsaStream {
+    /// Appends tokens with their index queries, keys and weights; writes what the tokens attend.
+    ///
+    /// # Errors
+    /// [`AttnError`] for tensors that do not fit the stream or each other; nothing has then been appended.
+    pub fn append(&mut self, x: Qkv<'_>, index: &DsaInputs<'_>, out: OutMut<'_>) -> Result<()> {
+        let dsa = self.indexer;
+        self.shape.check(&x)?;
+        index.check(&dsa, &x.shape())?;
+        self.append_chosen(x, &index.index_k, out, |shape, keys| dsa.choose_given(shape, index, keys))
     }
 }
 
@@ -146,7 +132,7 @@ impl BlockIndexer {
     /// [`AttnError`] for settings or head counts that do not fit.
     pub fn stream(&self, shape: StreamShape, softmax_scale: Option<f32>) -> Result<BlockIndexerStream> {
         self.check()?;
-        Ok(BlockIndexerStream { indexer: *self, indexed: Indexed::start(shape, softmax_scale)? })
+        IndexedStream::start(*self, shape, softmax_scale)
     }
 }
 
@@ -156,24 +142,9 @@ impl BlockIndexerStream {
     /// # Errors
     /// [`AttnError`] for tensors that do not fit the stream or each other; nothing has then been appended.
     pub fn append(&mut self, x: Qkv<'_>, index: &BlockIndexerInputs<'_>, out: OutMut<'_>) -> Result<()> {
-        self.indexed.shape.check(&x)?;
-        index.check(&self.indexer, &x.shape())?;
         let indexer = self.indexer;
-        self.indexed.append(x, &index.index_k, out, |shape, keys| indexer.choose_given(shape, index, keys))
-    }
-
-    /// Tokens appended.
-    pub fn len(&self) -> usize {
-        self.indexed.cache.len()
-    }
-
-    /// Whether nothing has been appended.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.indexed.bytes()
+        self.shape.check(&x)?;
+        index.check(&indexer, &x.shape())?;
+        self.append_chosen(x, &index.index_k, out, |shape, keys| indexer.choose_given(shape, index, keys))
     }
 }

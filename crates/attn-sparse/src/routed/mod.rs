@@ -38,7 +38,7 @@ pub use compressed::{
 pub use decided::Decided;
 pub(crate) use decided::given_lists;
 pub use dsa::Dsa;
-pub use given_streams::{BlockIndexerStream, DsaStream};
+pub use given_streams::{BlockIndexerStream, DsaStream, IndexedStream};
 pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
 pub use indexer_training::{IndexTarget, IndexerGrads};
