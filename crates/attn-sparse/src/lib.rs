@@ -25,6 +25,7 @@
 //! | [`Loki`] | the tokens whose products along the keys' principal axes are largest |
 //! | [`Longformer`] | a window and global tokens; global tokens see everything, also with projections of their own |
 //! | [`LongNet`] | every `r`-th position of long segments, for several of both, merged |
+//! | [`MagicPig`] | a sample of the tokens by hash tables, each weighing as many as it stands for |
 //! | [`MInferenceBlockSparse`] | the best blocks by the means of blocks |
 //! | [`Moba`] | its own chunk, and those whose mean key fits best |
 //! | [`Neighborhood`] | a window of constant size in one, two or three dimensions |
@@ -101,10 +102,10 @@ pub use residues::{Class, Residues};
 pub use routed::{
     ArkVale, BlockIndexer, BlockIndexerInputs, BlockIndexerStream, ChunkMeans, CompressedAttention,
     CompressedGivenStream, CompressedGrads, CompressedInputs, CompressedKv, CompressedOutputs, Decided,
-    DoubleSparsity, Dsa, DsaInputs, DsaStream, Entries, EntryIndexer, EntryPooling, IndexKeys, IndexTarget,
-    IndexedStream, IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, Moba, Nsa, NsaBranch, NsaGates,
-    NsaGrads, NsaInputs, NsaOutputs, NsaStream, PageNotes, PageScorer, Pages, Representatives, Routed,
-    Router, Volume,
+    DoubleSparsity, Dsa, DsaInputs, DsaStream, Entries, EntryIndexer, EntryPooling, HashedKeys, IndexKeys,
+    IndexTarget, IndexedStream, IndexerGrads, InfLlm, InfLlmMemory, KeyMeans, Loki, MagicPig, Moba, Nsa,
+    NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, NsaStream, PageNotes, PageScorer, Pages,
+    Representatives, Routed, Router, Volume,
 };
 pub use score_rule::{Reads, ScoreRule, SharedScoreMod};
 pub use sorted::{

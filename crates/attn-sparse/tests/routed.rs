@@ -4,6 +4,7 @@ mod routed {
     mod choices;
     mod compressed;
     mod golden;
+    mod magic_pig;
     mod nsa;
     mod pages;
     mod promises;

@@ -36,6 +36,7 @@ const SMALL: &[(&str, &str)] = &[
     ("loki", "top_k=8 rank=2"),
     ("longformer", "window=6 global_tokens=0,20"),
     ("longnet", "segments=16,64 dilations=1,4"),
+    ("magicpig", "n_bits=2 n_tables=6 n_sinks=1 window=4 calibration_len=6"),
     ("minference-block-sparse", "block_q=4 block_kv=4 topk_blocks=4"),
     ("moba", "chunk_len=8 top_k=3"),
     ("neighborhood-1d", "kernel_size=9"),

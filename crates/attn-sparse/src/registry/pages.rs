@@ -3,7 +3,9 @@
 use super::named::option;
 use super::routed::{CAUSAL, routed};
 use super::{at_least_1, length, only_causal};
-use crate::{ArkVale, DoubleSparsity, InfLlmMemory, Loki, PageScorer, Pages, Routed, Router, Volume};
+use crate::{
+    ArkVale, DoubleSparsity, InfLlmMemory, Loki, MagicPig, PageScorer, Pages, Routed, Router, Volume,
+};
 use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_built, run_qkv};
 use attn_core::{AttnError, Family, Result};
 
@@ -88,6 +90,29 @@ pub(super) fn entries() -> Vec<Entry> {
             constructor: |options| routed(options, loki(options)?),
             runner: run_loki,
         },
+        Entry {
+            name: MagicPig::NAME,
+            family: Family::Sparse,
+            summary: "A weighed sample of the tokens by hash tables (MagicPIG, Chen et al. 2024)",
+            options: const {
+                &[
+                    CAUSAL,
+                    option("n_bits", "10", "bits of a hash, at most 12"),
+                    option("n_tables", "150", "hash tables, in two of which a key has to collide"),
+                    option("n_sinks", "4", "first keys, taken by every query"),
+                    option("window", "64", "last keys, taken by every query, that at its position included"),
+                    option(
+                        "calibration_len",
+                        "256",
+                        "first keys whose mean keys are centred by, attended by all that see no more",
+                    ),
+                    option("seed", "0", "what projections are drawn with"),
+                    OptionSpec::SCALE,
+                ]
+            },
+            constructor: |options| routed(options, magic_pig(options)?),
+            runner: run_magic_pig,
+        },
     ]
 }
 
@@ -155,5 +180,37 @@ fn run_loki(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<
     only_causal(options, entry.name)?;
     let mut router = loki(options)?;
     (router.rank, router.axes) = (shape.last().copied(), Some(axes.into()));
+    run_built(&Routed { router, softmax_scale: options.get("scale")? }, tensors)
+}
+
+fn magic_pig(options: &Options) -> Result<MagicPig> {
+    let default = MagicPig::default();
+    let magic_pig = MagicPig {
+        n_bits: options.get_or("n_bits", default.n_bits)?,
+        n_tables: options.get_or("n_tables", default.n_tables)?,
+        n_sinks: options.get_or("n_sinks", default.n_sinks)?,
+        window: at_least_1(options, "window", default.window)?,
+        calibration_len: at_least_1(options, "calibration_len", default.calibration_len)?,
+        seed: options.get_or("seed", default.seed)?,
+        ..default
+    };
+    magic_pig.check()?;
+    Ok(magic_pig)
+}
+
+/// `q`, `k`, `v`, and perhaps `projections [head_dim, n_tables, n_bits]`, and the centre of each key/value head,
+/// `means [n_heads_kv, head_dim]`.
+fn run_magic_pig(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
+    tensors.only(entry.name, &["q", "k", "v", "grad_o", "projections", "means"])?;
+    only_causal(options, entry.name)?;
+    let mut router = magic_pig(options)?;
+    if let Some((shape, projections)) = tensors.f32("projections")? {
+        let &[_, n_tables, n_bits] = shape else {
+            let expected = "(head_dim, n_tables, n_bits)";
+            return Err(AttnError::value("projections' shape", format!("{shape:?}"), expected));
+        };
+        router = MagicPig { n_tables, n_bits, projections: Some(projections.into()), ..router };
+    }
+    router.means = tensors.f32("means")?.map(|(_, means)| means.into());
     run_built(&Routed { router, softmax_scale: options.get("scale")? }, tensors)
 }

@@ -6,6 +6,7 @@
 //! | [`Dsa`] | tokens, for all heads | a lightning indexer |
 //! | [`BlockIndexer`] | blocks, for a key/value group | the largest token score in a block |
 //! | [`InfLlm`] | blocks, for a key/value group | the largest probability of a mean key in a block |
+//! | [`MagicPig`] | a sample of the tokens, for each query head | equal hashes |
 //! | [`ArkVale`], [`DoubleSparsity`], [`InfLlmMemory`], [`Loki`] | pages or tokens | what is noted of them ([`PageScorer`]) |
 //!
 //! These are [`Router`]s, run by [`Routed`]. [`Nsa`] also chooses blocks for a key/value group, by the probabilities of
@@ -23,6 +24,7 @@ mod indexer;
 mod indexer_training;
 mod infllm;
 mod key_panels;
+mod magic_pig;
 mod moba;
 mod nsa;
 mod pages;
@@ -43,6 +45,7 @@ pub use index_channels::IndexKeys;
 pub use index_inputs::{BlockIndexerInputs, DsaInputs};
 pub use indexer_training::{IndexTarget, IndexerGrads};
 pub use infllm::{InfLlm, KeyMeans};
+pub use magic_pig::{HashedKeys, MagicPig};
 pub use moba::{ChunkMeans, Moba};
 pub use nsa::{CompressedKv, Nsa, NsaBranch, NsaGates, NsaGrads, NsaInputs, NsaOutputs, NsaStream};
 pub use pages::{

@@ -17,8 +17,9 @@ use super::decided::Decided;
 use super::stream::RoutedStream;
 use crate::decider::{Decision, Work};
 use crate::profile::USUAL;
+use crate::score_rule::{ScoreRule, SharedScoreMod};
 use crate::{BlockMask, SparseAttention, heads};
-use attn_core::exact::{Exact, Reference};
+use attn_core::exact::Reference;
 use attn_core::mask::{Align, Band, Mask, SeeAll};
 use attn_core::registry::NamedTensor;
 use attn_core::score::Unchanged;
@@ -35,8 +36,10 @@ use std::fmt;
 const BLOCK: usize = 2048;
 /// ... more of long sequences, where few of them choose the same keys, ...
 const BLOCKS: usize = 16;
-/// ... as long as their lists have no more entries than this.
+/// ... as long as their lists have no more entries than this, ...
 const ENTRIES: usize = 1 << 21;
+/// ... and fewer where they would have more than this.
+const MOST_ENTRIES: usize = 1 << 25;
 
 /// Chooses keys for queries from a summary of the keys; see the module.
 pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
@@ -71,6 +74,22 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
     /// [`attn_core::AttnError`] if the lists do not fit.
     fn choose(&self, summary: &Self::Summary, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask>;
 
+    /// What happens to the scores of the pairs that [`Router::choose`] chose for these queries, if anything does: a sample weighs
+    /// more than it holds.
+    ///
+    /// # Errors
+    /// [`attn_core::AttnError`] for a scale that it does not serve.
+    fn score_mod(
+        &self,
+        summary: &Self::Summary,
+        q: &TensorView<'_>,
+        shape: &AttnShape,
+        softmax_scale: f32,
+    ) -> Result<Option<SharedScoreMod>> {
+        let _ = (summary, q, shape, softmax_scale);
+        Ok(None)
+    }
+
     /// Entries of a query's list, at most.
     fn entries(&self) -> usize;
 
@@ -88,7 +107,8 @@ pub trait Router: Clone + fmt::Debug + Send + Sync + 'static {
 
 /// Queries that choose together, whose lists have so many entries.
 pub(super) fn rows_together(n_q: usize, entries: usize) -> usize {
-    (n_q / BLOCKS).min(ENTRIES / entries.max(1)).max(BLOCK)
+    let most = (MOST_ENTRIES / entries.max(1)).clamp(1, BLOCK);
+    (n_q / BLOCKS).min(ENTRIES / entries.max(1)).max(most)
 }
 
 /// Softmax attention over what a [`Router`] chooses. Causal; streams with its summary beside the cache.
@@ -111,13 +131,27 @@ impl<R: Router> Routed<R> {
     /// # Errors
     /// Those of the [`Router`].
     pub fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
+        Ok(self.decide_and_weigh(x)?.0)
+    }
+
+    /// Which pairs a call on `x` attends, and what happens to their scores.
+    fn decide_and_weigh(&self, x: &Qkv<'_>) -> Result<(Decision, Option<SharedScoreMod>)> {
+        let s = x.shape();
+        let softmax_scale = softmax_scale_or_default(self.softmax_scale, s.head_dim)?;
         let mut summary = self.router.summary(&StreamShape::of(x))?;
         self.router.append(&mut summary, x.k());
         self.router.observe(&mut summary, x.q());
-        match x.shape().rows() {
-            0 => Ok(Decision::new(SeeAll)),
-            _ => Ok(Decision::by_lists(self.router.choose(&summary, x.q(), &x.shape())?)),
+        if s.rows() == 0 {
+            return Ok((Decision::new(SeeAll), None));
         }
+        let score_mod = self.router.score_mod(&summary, x.q(), &s, softmax_scale)?;
+        Ok((Decision::by_lists(self.router.choose(&summary, x.q(), &s)?), score_mod))
+    }
+
+    /// Attention over what was decided.
+    fn decided(&self, decision: Decision, score_mod: Option<SharedScoreMod>) -> SparseAttention<Decided> {
+        let (softmax_scale, score_rule) = (self.softmax_scale, score_mod.map(ScoreRule::from));
+        SparseAttention { softmax_scale, score_rule, ..SparseAttention::new(Decided(decision)) }
     }
 
     /// Chooses and attends for some queries; the summary holds all of `k`.
@@ -136,7 +170,11 @@ impl<R: Router> Routed<R> {
             return Ok(());
         }
         let mask = self.router.choose(summary, &q, &shape)?;
-        attend_any(problem, out, lse, &rows_apart(&mask, mask.sizes().kv, softmax_scale, &shape))
+        let spec = rows_apart(&mask, mask.sizes().kv, softmax_scale, &shape);
+        match self.router.score_mod(summary, &q, &shape, softmax_scale)? {
+            None => attend_any(problem, out, lse, &spec),
+            Some(score_mod) => attend_any(problem, out, lse, &AnySpec { score_mod: &*score_mod, ..spec }),
+        }
     }
 
     /// Block by block, so that no more than a block's lists exist at a time.
@@ -210,9 +248,8 @@ impl<R: Router> Attention for Routed<R> {
     }
 
     fn definition(&self, x: &Qkv<'_>) -> Result<Reference> {
-        let decision = self.decide(x)?;
-        let softmax_scale = self.softmax_scale.map(f64::from);
-        Exact { softmax_scale, mask: decision.mask(), ..Exact::default() }.all(x)
+        let (decision, score_mod) = self.decide_and_weigh(x)?;
+        self.decided(decision, score_mod).definition(x)
     }
 
     fn as_softmax(&self) -> Option<&dyn SoftmaxAttention> {
@@ -236,11 +273,17 @@ impl<R: Router> SoftmaxAttention for Routed<R> {
     }
 }
 
+/// What the backward pass needs.
+struct Weighed {
+    inner: Saved,
+    score_mod: Option<SharedScoreMod>,
+}
+
 impl<R: Router> Differentiable for Routed<R> {
     fn forward_saving(&self, x: Qkv<'_>, out: OutMut<'_>) -> Result<Saved> {
-        let decider = Decided(self.decide(&x)?);
-        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
-            .forward_saving(x, out)
+        let (decision, score_mod) = self.decide_and_weigh(&x)?;
+        let inner = self.decided(decision, score_mod.clone()).forward_saving(x, out)?;
+        Ok(Saved::new(Weighed { inner, score_mod }))
     }
 
     fn backward(
@@ -251,10 +294,9 @@ impl<R: Router> Differentiable for Routed<R> {
         grad_out: TensorView<'_>,
         grads: QkvGrads<'_>,
     ) -> Result<()> {
+        let Weighed { inner, score_mod } = saved.get()?;
         // What was decided is among what was saved.
-        let decider = Decided(Decision::new(SeeAll));
-        SparseAttention { softmax_scale: self.softmax_scale, ..SparseAttention::new(decider) }
-            .backward(x, out, saved, grad_out, grads)
+        self.decided(Decision::new(SeeAll), score_mod.clone()).backward(x, out, inner, grad_out, grads)
     }
 }
 

@@ -18,6 +18,7 @@ mod scores;
 mod sinkhorn;
 mod slots;
 
+pub(crate) use noise::normal;
 pub use reformer::{Hashing, Reformer};
 pub use routing::{Routing, RoutingGrads, RoutingInputs};
 pub use sinkhorn::{Sinkhorn, SinkhornGrads, SinkhornInputs, SinkhornKind};

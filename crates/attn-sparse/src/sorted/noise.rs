@@ -3,7 +3,7 @@
 //! Uniform numbers come from SplitMix64 (Steele, Lea and Flood 2014), normal ones from pairs of them by Box and Muller 1958.
 
 /// `len` standard normal numbers; the seed and the place alone decide each.
-pub(super) fn normal(seed: u64, len: usize) -> Vec<f32> {
+pub(crate) fn normal(seed: u64, len: usize) -> Vec<f32> {
     let uniform = |at: u64| {
         let mut x =
             seed.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(at.wrapping_mul(0x9e37_79b9_7f4a_7c15));

@@ -16,6 +16,9 @@ fn loss(attention: &dyn Attention, problem: &Problem, w: &[f32]) -> f64 {
     out.iter().zip(w).map(|(o, w)| o * f64::from(*w)).sum()
 }
 
+/// Variants that take a number which they find from queries and keys as a constant: how likely a key was sampled.
+const CONSTANTS: [&str; 1] = ["magicpig"];
+
 /// Which input, and where.
 #[derive(Debug, Clone, Copy)]
 enum Input {
@@ -88,7 +91,8 @@ fn gradients_of_every_variant_are_those_of_its_definition() {
         Problem::normal(AttnShape { n_heads_kv: 1, head_dim_v: 3, ..AttnShape::square(2, N, 4) }, 2);
     let exact = |x: &mut f32| *x = (*x * 1024.0).round() / 1024.0;
     [&mut problem.q, &mut problem.k, &mut problem.v].into_iter().flatten().for_each(exact);
-    let variants = variants();
+    let variants: Vec<_> =
+        variants().into_iter().filter(|(entry, _)| !CONSTANTS.contains(&entry.name)).collect();
     // Two halves, one a thread.
     std::thread::scope(|scope| {
         for half in 0..2 {

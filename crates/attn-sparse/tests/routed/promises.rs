@@ -13,7 +13,7 @@ pub(super) fn parse(text: &str) -> Options {
 }
 
 /// Configurations whose choices matter at the suite's lengths, and one in which everything is chosen.
-const CONFIGURATIONS: [(&str, &[&str], &str); 8] = [
+const CONFIGURATIONS: [(&str, &[&str], &str); 9] = [
     (
         "infllm-v2",
         &[
@@ -42,6 +42,14 @@ const CONFIGURATIONS: [(&str, &[&str], &str); 8] = [
         "double-sparsity",
         &["top_k=12 label_dim=2", "top_k=5 calibration_len=20"],
         "top_k=400 calibration_len=1",
+    ),
+    (
+        "magicpig",
+        &[
+            "n_bits=2 n_tables=4 n_sinks=1 window=4 calibration_len=6",
+            "n_bits=3 n_tables=12 n_sinks=0 window=1 calibration_len=3",
+        ],
+        "n_bits=0 n_tables=2 calibration_len=5",
     ),
     ("loki", &["top_k=12 rank=2", "top_k=5 calibration_len=20"], "top_k=400 calibration_len=1"),
     (
