@@ -178,21 +178,18 @@ impl Mask for Lines {
         let sets = self.sets(head);
         let distances = nearest.max(0) as usize..farthest as usize + 1;
         let all = |runs: &[Range<usize>], wanted: &Range<usize>| {
-            runs.iter().any(|run| run.start <= wanted.start && wanted.end <= run.end)
+            let next = runs.partition_point(|run| run.end <= wanted.start);
+            runs.get(next).is_some_and(|run| run.start <= wanted.start && wanted.end <= run.end)
         };
         let none = |runs: &[Range<usize>], wanted: &Range<usize>| {
             let next = runs.partition_point(|run| run.end <= wanted.start);
             runs.get(next).is_none_or(|run| run.start >= wanted.end)
         };
         if none(&sets.keys, &keys) && none(&sets.runs, &distances) {
-            Cover::Empty
-        } else if nearest >= 0 && all(&sets.runs, &distances) {
-            Cover::Full
-        } else if nearest >= 0 && all(&sets.keys, &keys) && none(&sets.apart_runs, &distances) {
-            Cover::Full
-        } else {
-            Cover::Partial
+            return Cover::Empty;
         }
+        let columns = || all(&sets.keys, &keys) && none(&sets.apart_runs, &distances);
+        if nearest >= 0 && (all(&sets.runs, &distances) || columns()) { Cover::Full } else { Cover::Partial }
     }
 
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {

@@ -105,10 +105,13 @@ impl Decider for VerticalSlash {
         let heads = crate::heads(shape);
         let lines = self.num_vertical.max(self.forced_vertical) + self.num_slash.max(self.forced_slash);
         let last = (self.last_q.min(shape.n_q) * shape.head_dim) as u64;
+        // Copies in f32 where rows are no whole vectors.
+        let width = shape.head_dim.max(shape.head_dim_v).next_multiple_of(64);
+        let rows = 2 * shape.batch * (shape.n_heads_q * shape.n_q + shape.n_heads_kv * shape.n_kv);
         Work {
             pairs: heads * (shape.n_q as u64) * (lines.min(shape.n_kv) as u64),
             decision_flops: heads * 4 * last * shape.n_kv as u64,
-            decision_bytes: heads * (12 * shape.n_kv + 16 * lines) as u64,
+            decision_bytes: heads * (12 * shape.n_kv + 16 * lines) as u64 + (4 * rows * width) as u64,
         }
     }
 }
