@@ -248,7 +248,7 @@ fn run_lines(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result
                 numbers("slash", slash, shape, batch, head)?,
             ))
         };
-        Ok(Decision::new(Lines::new(shape, shape.batch, heads.map(both).collect::<Result<_>>()?)?))
+        Ok(Decision::by_lines(Lines::new(shape, shape.batch, heads.map(both).collect::<Result<_>>()?)?))
     })
 }
 
