@@ -10,6 +10,9 @@
 //!
 //! so that a window of `w step` positions becomes a plain window of `w` in the class. The rows of a class are strided
 //! views: nothing is copied. Steps may differ between heads; heads with equal steps run together.
+//!
+//! [`crate::Parted`] is for sets of pairs whose rows overlap or are no strides: one call on gathered f32 copies a part, merged. Here
+//! rows lie in one class each: no copy, no merge, one call a class, with sinks and score mods, which parts do not know.
 
 mod backward;
 mod forward;
