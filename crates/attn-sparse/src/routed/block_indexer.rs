@@ -18,7 +18,7 @@ use super::index_channels::{IndexKeys, work};
 use super::indexer::{RowSelector, select};
 use super::router::{Router, list_bytes, pairs_up_to, visible};
 use crate::decider::Work;
-use crate::select::top_k_with;
+use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
 use attn_core::mask::{Align, Band};
 use attn_core::simd::{Simd, SimdBase, SimdMask};
@@ -73,10 +73,22 @@ impl RowSelector for LargestBlocks<'_> {
         }
     }
 
-    fn finish<S: Simd>(&self, _: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
-        let local: Vec<usize> = (0..maxima.len()).rev().take(self.indexer.local_blocks).collect();
-        let chosen = top_k_with(maxima, self.indexer.top_k, &local);
-        Some(chosen.into_iter().map(|block| block as u32).collect())
+    fn merge(&self, maxima: &mut Vec<f32>, later: &Vec<f32>) {
+        maxima.iter_mut().zip(later).for_each(|(max, x)| *max = larger(*max, *x));
+    }
+
+    /// The local blocks, and the largest of those before them.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
+        let BlockIndexer { top_k, local_blocks, .. } = *self.indexer;
+        let first_local = maxima.len() - local_blocks.min(maxima.len());
+        let seen = |block: &usize| maxima[*block] > f32::NEG_INFINITY || maxima[*block].is_nan();
+        let local: Vec<usize> = (first_local..maxima.len()).rev().filter(seen).take(top_k).collect();
+        let mut largest = Largest::new(top_k - local.len(), None);
+        largest.take(simd, 0, &maxima[..first_local]);
+        let mut chosen = largest.finish(simd)?;
+        chosen.extend(local.into_iter().rev().map(|block| block as u32));
+        Some(chosen)
     }
 }
 

@@ -77,6 +77,10 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
         largest.take(simd, first, scores);
     }
 
+    fn merge(&self, largest: &mut Largest, later: &Largest) {
+        largest.append(later);
+    }
+
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, _: usize, largest: &mut Largest) -> Option<Vec<u32>> {
         largest.finish(simd)

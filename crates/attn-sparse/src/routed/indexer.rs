@@ -11,7 +11,7 @@
 //! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
 use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
-use crate::select::largest::nth_largest;
+use crate::select::largest::{NthLargest, nth_largest};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub(super) struct IndexQueries {
 /// Takes scores row by row: which row, and how many keys it sees.
 pub(super) trait RowSelector: Sync {
     /// What is known of a row so far.
-    type State;
+    type State: Send;
 
     /// Keys that a row sees: the first so many.
     fn visible(&self, row: usize) -> usize;
@@ -63,6 +63,9 @@ pub(super) trait RowSelector: Sync {
 
     /// Scores of the keys from `first` on, all visible; keys come in ascending order.
     fn take<S: Simd>(&self, simd: S, state: &mut Self::State, first: usize, scores: &[f32]);
+
+    /// Takes over what another state of the same row and guess was offered, of later keys.
+    fn merge(&self, state: &mut Self::State, later: &Self::State);
 
     /// What the row takes, ascending; nothing if it was given a guess that was wrong.
     fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State) -> Option<Vec<u32>>;
@@ -87,7 +90,7 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
     if few {
         // The threads share the keys instead.
         for (at, chosen) in tasks {
-            rows(at).by_shares(isa, keys(at / blocks).all(), selector, &mut chosen[0]);
+            chosen[0] = rows(at).by_shares(isa, keys(at / blocks), selector);
         }
     } else {
         // The last rows first: they see the most.
@@ -182,13 +185,14 @@ impl Rows<'_> {
                 scores[first..end].copy_from_slice(&tile[..end - first]);
             }
         }
-        let mut of_rows = scores.chunks_exact(n_keys.max(1));
-        let guess = |(at, rank): (usize, Option<usize>)| {
-            let scores = of_rows.next()?;
+        // A plain loop: a closure would be compiled without the vectors of `simd`.
+        let mut guesses = vec![None; ranks.len()];
+        for (at, (scores, rank)) in scores.chunks_exact(n_keys.max(1)).zip(ranks).enumerate() {
             let seen = every(self.first + open.start + at).min(n_keys);
-            nth_largest(simd, &scores[..seen], rank?, &mut scratch.keys)
-        };
-        let guesses = ranks.into_iter().enumerate().map(guess).collect();
+            if let Some(rank) = rank {
+                guesses[at] = nth_largest(simd, &scores[..seen], rank, &mut scratch.keys);
+            }
+        }
         scratch.sample = scores;
         guesses
     }
@@ -226,23 +230,40 @@ impl Rows<'_> {
         wrong
     }
 
-    /// All scores of one row, shares of the keys in parallel.
-    fn by_shares<E: KeyNumber, R: RowSelector>(
-        &self,
-        isa: Isa,
-        keys: &KeyPanels<E>,
-        selector: &R,
-        chosen: &mut Vec<u32>,
-    ) {
+    /// What one row takes, shares of the keys in parallel.
+    fn by_shares<K: Panels, R: RowSelector>(&self, isa: Isa, keys: &K, selector: &R) -> Vec<u32> {
         if let Some(all) = selector.without_scores(self.first) {
-            *chosen = all;
-            return;
+            return all;
         }
-        let mut scores = vec![0.0; selector.visible(self.first)];
-        for_each_task(scores.chunks_mut(SHARE).enumerate(), Scratch::default, |scratch, (share, scores)| {
-            isa.run(Share { rows: *self, keys, first: share * SHARE, scores, scratch });
+        let n_keys = selector.visible(self.first);
+        let guess = keys.sample().zip(selector.rank_in_sample(self.first)).and_then(|(keys, rank)| {
+            let mut scores = vec![0.0; n_keys.div_ceil(SAMPLING).min(keys.len())];
+            let shares = scores.chunks_mut(SHARE / SAMPLING).enumerate();
+            for_each_task(shares, Scratch::default, |scratch, (share, scores)| {
+                let first = share * (SHARE / SAMPLING);
+                isa.run(ScoreShare { rows: *self, keys, first, scores, scratch });
+            });
+            isa.run(NthLargest { scores: &scores, rank })
         });
-        *chosen = isa.run(TakeAll { selector, row: self.first, scores: &scores });
+        let take = |guess: Option<f32>| {
+            let mut states: Vec<R::State> =
+                (0..n_keys.div_ceil(SHARE)).map(|_| selector.start(self.first, guess)).collect();
+            for_each_task(states.iter_mut().enumerate(), Scratch::default, |scratch, (share, state)| {
+                let keys_of = share * SHARE..((share + 1) * SHARE).min(n_keys);
+                isa.run(TakeShare {
+                    rows: *self,
+                    keys: keys.all(),
+                    range: keys_of,
+                    selector,
+                    state,
+                    scratch,
+                });
+            });
+            let (first, others) = states.split_first_mut()?;
+            others.iter().for_each(|later| selector.merge(first, later));
+            isa.run(Finish { selector, row: self.first, state: first })
+        };
+        guess.and_then(|guess| take(Some(guess))).or_else(|| take(None)).unwrap_or_default()
     }
 
     /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
@@ -273,7 +294,7 @@ impl Rows<'_> {
 }
 
 /// A stretch of the scores of one row.
-struct Share<'a, E> {
+struct ScoreShare<'a, E> {
     rows: Rows<'a>,
     keys: &'a KeyPanels<E>,
     first: usize,
@@ -281,7 +302,7 @@ struct Share<'a, E> {
     scratch: &'a mut Scratch,
 }
 
-impl<E: KeyNumber> SimdOp for Share<'_, E> {
+impl<E: KeyNumber> SimdOp for ScoreShare<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -295,28 +316,51 @@ impl<E: KeyNumber> SimdOp for Share<'_, E> {
     }
 }
 
-/// All scores of one row at once.
-struct TakeAll<'a, R: RowSelector> {
+/// One row takes the scores of a stretch of keys.
+struct TakeShare<'a, E, R: RowSelector> {
+    rows: Rows<'a>,
+    keys: &'a KeyPanels<E>,
+    range: Range<usize>,
     selector: &'a R,
-    row: usize,
-    scores: &'a [f32],
+    state: &'a mut R::State,
+    scratch: &'a mut Scratch,
 }
 
-impl<R: RowSelector> SimdOp for TakeAll<'_, R> {
-    type Output = Vec<u32>;
+impl<E: KeyNumber, R: RowSelector> SimdOp for TakeShare<'_, E, R> {
+    type Output = ();
 
     #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) -> Vec<u32> {
-        let Self { selector, row, scores } = self;
-        let mut state = selector.start(row, None);
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { rows, keys, range, selector, state, scratch } = self;
         simd.vectorize(
             #[inline(always)]
             || {
-                for (tile, scores) in scores.chunks(TILE).enumerate() {
-                    selector.take(simd, &mut state, tile * TILE, scores);
+                for first in range.clone().step_by(TILE) {
+                    let end = (first + TILE).min(range.end);
+                    rows.score(simd, keys, 0..1, first..end, scratch);
+                    selector.take(simd, state, first, &scratch.combined[..end - first]);
                 }
-                selector.finish(simd, row, &mut state).unwrap_or_default()
             },
+        );
+    }
+}
+
+/// What a row takes in the end.
+struct Finish<'a, R: RowSelector> {
+    selector: &'a R,
+    row: usize,
+    state: &'a mut R::State,
+}
+
+impl<R: RowSelector> SimdOp for Finish<'_, R> {
+    type Output = Option<Vec<u32>>;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> Option<Vec<u32>> {
+        let Self { selector, row, state } = self;
+        simd.vectorize(
+            #[inline(always)]
+            || selector.finish(simd, row, state),
         )
     }
 }

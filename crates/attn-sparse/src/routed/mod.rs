@@ -25,6 +25,7 @@ mod infllm;
 mod key_panels;
 mod moba;
 mod nsa;
+mod overlaps;
 mod pages;
 mod router;
 mod rows;

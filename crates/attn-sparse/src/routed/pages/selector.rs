@@ -53,6 +53,10 @@ impl RowSelector for TopPages<'_> {
         top.take(simd, first + forced, &scores[forced..]);
     }
 
+    fn merge(&self, top: &mut Largest, later: &Largest) {
+        top.append(later);
+    }
+
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, row: usize, top: &mut Largest) -> Option<Vec<u32>> {
         let Pages { first, last, .. } = self.pages;
