@@ -44,7 +44,7 @@ pub(super) struct IndexQueries {
 /// Takes scores row by row: which row, and how many keys it sees.
 pub(super) trait RowSelector: Sync {
     /// What is known of a row so far.
-    type State: Send;
+    type State: Default + Send;
 
     /// Keys that a row sees: the first so many.
     fn visible(&self, row: usize) -> usize;
@@ -58,8 +58,8 @@ pub(super) trait RowSelector: Sync {
         None
     }
 
-    /// Before the first score; `guess` is the one asked for.
-    fn start(&self, row: usize, guess: Option<f32>) -> Self::State;
+    /// Before the first score; `guess` is the one asked for. The state may be that of another row before.
+    fn start(&self, state: &mut Self::State, row: usize, guess: Option<f32>);
 
     /// Scores of the keys from `first` on, all visible; keys come in ascending order.
     fn take<S: Simd>(&self, simd: S, state: &mut Self::State, first: usize, scores: &[f32]);
@@ -103,7 +103,14 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
 }
 
 #[derive(Default)]
-struct Scratch {
+struct Scratch<T> {
+    /// Of each row.
+    states: Vec<T>,
+    scores: ScoreScratch,
+}
+
+#[derive(Default)]
+struct ScoreScratch {
     /// `[rows, heads, TILE]`.
     products: Vec<f32>,
     /// `[rows, TILE]`.
@@ -123,12 +130,12 @@ struct Rows<'a> {
 }
 
 /// Some rows against the keys that they see, tile by tile.
-struct ByTiles<'a, K, R> {
+struct ByTiles<'a, K, R: RowSelector> {
     rows: Rows<'a>,
     keys: &'a K,
     selector: &'a R,
     chosen: &'a mut [Vec<u32>],
-    scratch: &'a mut Scratch,
+    scratch: &'a mut Scratch<R::State>,
 }
 
 impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
@@ -149,7 +156,7 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
                     }
                 }
                 let guesses = match keys.sample() {
-                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), scratch),
+                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), &mut scratch.scores),
                     None => vec![None; open.len()],
                 };
                 let wrong = rows.pass(simd, keys.all(), selector, (open.clone(), &guesses), chosen, scratch);
@@ -170,7 +177,7 @@ impl Rows<'_> {
         sample: &KeyPanels<E>,
         selector: &R,
         open: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) -> Vec<Option<f32>> {
         let every = |row: usize| selector.visible(row).div_ceil(SAMPLING);
         let ranks: Vec<_> = open.clone().map(|r| selector.rank_in_sample(self.first + r)).collect();
@@ -206,22 +213,25 @@ impl Rows<'_> {
         selector: &R,
         (open, guesses): (Range<usize>, &[Option<f32>]),
         chosen: &mut [Vec<u32>],
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<R::State>,
     ) -> Vec<usize> {
-        let start = |(r, guess): (usize, &Option<f32>)| selector.start(self.first + r, *guess);
-        let mut states: Vec<R::State> = open.clone().zip(guesses).map(start).collect();
+        let Scratch { states, scores: scratch } = scratch;
+        states.resize_with(states.len().max(open.len()), R::State::default);
+        for ((r, guess), state) in open.clone().zip(guesses).zip(&mut *states) {
+            selector.start(state, self.first + r, *guess);
+        }
         let n_keys = open.clone().map(|r| selector.visible(self.first + r)).max().unwrap_or(0);
         for first in (0..n_keys).step_by(TILE) {
             let end = (first + TILE).min(n_keys);
             self.score(simd, keys, open.clone(), first..end, scratch);
             let tiles = scratch.combined.chunks_exact(TILE);
-            for ((r, state), scores) in open.clone().zip(&mut states).zip(tiles) {
+            for ((r, state), scores) in open.clone().zip(&mut *states).zip(tiles) {
                 let seen = selector.visible(self.first + r).min(end).saturating_sub(first);
                 selector.take(simd, state, first, &scores[..seen]);
             }
         }
         let mut wrong = Vec::new();
-        for (r, state) in open.zip(&mut states) {
+        for (r, state) in open.zip(states) {
             match selector.finish(simd, self.first + r, state) {
                 Some(list) => chosen[r] = list,
                 None => wrong.push(r),
@@ -239,16 +249,17 @@ impl Rows<'_> {
         let guess = keys.sample().zip(selector.rank_in_sample(self.first)).and_then(|(keys, rank)| {
             let mut scores = vec![0.0; n_keys.div_ceil(SAMPLING).min(keys.len())];
             let shares = scores.chunks_mut(SHARE / SAMPLING).enumerate();
-            for_each_task(shares, Scratch::default, |scratch, (share, scores)| {
+            for_each_task(shares, ScoreScratch::default, |scratch, (share, scores)| {
                 let first = share * (SHARE / SAMPLING);
                 isa.run(ScoreShare { rows: *self, keys, first, scores, scratch });
             });
             isa.run(NthLargest { scores: &scores, rank })
         });
         let take = |guess: Option<f32>| {
-            let mut states: Vec<R::State> =
-                (0..n_keys.div_ceil(SHARE)).map(|_| selector.start(self.first, guess)).collect();
-            for_each_task(states.iter_mut().enumerate(), Scratch::default, |scratch, (share, state)| {
+            let mut states: Vec<R::State> = Vec::new();
+            states.resize_with(n_keys.div_ceil(SHARE), R::State::default);
+            for_each_task(states.iter_mut().enumerate(), ScoreScratch::default, |scratch, (share, state)| {
+                selector.start(state, self.first, guess);
                 let keys_of = share * SHARE..((share + 1) * SHARE).min(n_keys);
                 isa.run(TakeShare {
                     rows: *self,
@@ -274,10 +285,10 @@ impl Rows<'_> {
         keys: &KeyPanels<E>,
         open: Range<usize>,
         range: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
-        let Scratch { products, combined, wide, .. } = scratch;
+        let ScoreScratch { products, combined, wide, .. } = scratch;
         let first = self.list * rows + self.first;
         let head_rows = (first + open.start) * heads..(first + open.end) * heads;
         let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
@@ -299,7 +310,7 @@ struct ScoreShare<'a, E> {
     keys: &'a KeyPanels<E>,
     first: usize,
     scores: &'a mut [f32],
-    scratch: &'a mut Scratch,
+    scratch: &'a mut ScoreScratch,
 }
 
 impl<E: KeyNumber> SimdOp for ScoreShare<'_, E> {
@@ -323,7 +334,7 @@ struct TakeShare<'a, E, R: RowSelector> {
     range: Range<usize>,
     selector: &'a R,
     state: &'a mut R::State,
-    scratch: &'a mut Scratch,
+    scratch: &'a mut ScoreScratch,
 }
 
 impl<E: KeyNumber, R: RowSelector> SimdOp for TakeShare<'_, E, R> {

@@ -59,6 +59,20 @@ impl<E: Element> KeyPanels<E> {
     }
 }
 
+impl<E: KeyNumber> KeyPanels<E> {
+    /// A panel, `[width, PANEL]`; `wide` is scratch.
+    #[inline(always)]
+    pub(super) fn panel<'s, S: Simd>(&'s self, simd: S, panel: usize, wide: &'s mut Vec<f32>) -> &'s [f32] {
+        let stored = &self.data[panel * self.width * PANEL..][..self.width * PANEL];
+        if let Some(numbers) = E::as_f32(stored) {
+            return numbers;
+        }
+        wide.resize(self.width * PANEL, 0.0);
+        read_rows(simd, Rows::new(stored, self.width, PANEL, PANEL), wide);
+        wide
+    }
+}
+
 /// Every so many keys one is in the sample.
 pub(super) const SAMPLING: usize = 16;
 
@@ -147,24 +161,18 @@ impl<E: KeyNumber> SimdOp for ScoreRows<'_, E> {
         let rows = self.q.len().checked_div(width).unwrap_or(0);
         for (at, panel) in self.panels.enumerate() {
             let stored = &self.keys.data[panel * width * PANEL..][..width * PANEL];
-            let b = match E::as_f32(stored) {
-                Some(numbers) => numbers,
-                None if rows == 1 || S::f32s::LEN == MAX_LANES && (1..=4).contains(&rows) => {
-                    let scores = &mut self.scores[at * PANEL..];
-                    match rows {
-                        1 => score_few::<S, E, 1>(simd, self.q, stored, scores, self.stride),
-                        2 => score_few::<S, E, 2>(simd, self.q, stored, scores, self.stride),
-                        3 => score_few::<S, E, 3>(simd, self.q, stored, scores, self.stride),
-                        _ => score_few::<S, E, 4>(simd, self.q, stored, scores, self.stride),
-                    }
-                    continue;
+            let are_few = rows == 1 || S::f32s::LEN == MAX_LANES && (1..=4).contains(&rows);
+            if are_few && E::as_f32(stored).is_none() {
+                let scores = &mut self.scores[at * PANEL..];
+                match rows {
+                    1 => score_few::<S, E, 1>(simd, self.q, stored, scores, self.stride),
+                    2 => score_few::<S, E, 2>(simd, self.q, stored, scores, self.stride),
+                    3 => score_few::<S, E, 3>(simd, self.q, stored, scores, self.stride),
+                    _ => score_few::<S, E, 4>(simd, self.q, stored, scores, self.stride),
                 }
-                None => {
-                    self.wide.resize(width * PANEL, 0.0);
-                    read_rows(simd, Rows::new(stored, width, PANEL, PANEL), self.wide);
-                    &*self.wide
-                }
-            };
+                continue;
+            }
+            let b = self.keys.panel(simd, panel, self.wide);
             let a = Lhs { data: self.q, row_stride: width, col_stride: 1 };
             let c = TileMut { data: &mut self.scores[at * PANEL..], stride: self.stride };
             product(simd, [rows, PANEL, width], a, Rhs { data: b, stride: PANEL }, c, Start::Zero);

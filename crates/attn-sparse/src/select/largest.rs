@@ -173,13 +173,20 @@ fn reached_by<S: Simd>(simd: S, keys: &[u32], wanted: RangeInclusive<usize>) -> 
     for key in keys {
         (low, high) = (low.min(*key), high.max(*key));
     }
-    // `n` reach `low`; fewer than wanted reach what lies above `high`.
-    let mut n = keys.len();
+    // `n` reach `low`; only `above`, fewer than wanted, reach what lies above `high`.
+    let (mut n, mut above, target) = (keys.len(), 0, *wanted.start());
+    let mut evenly = true;
     while low < high && !wanted.contains(&n) {
-        let middle = low + (high - low) / 2 + 1;
-        match n_reaching(simd, keys, middle) {
-            enough if enough >= *wanted.start() => (low, n) = (middle, enough),
-            _ => high = middle - 1,
+        // By turns: where it would be if keys were spread evenly, and the middle.
+        let step = match evenly {
+            true => (f64::from(high - low) * (n - target) as f64 / (n - above) as f64) as u32,
+            false => (high - low) / 2,
+        };
+        evenly = !evenly;
+        let key = low + 1 + step.min(high - low - 1);
+        match n_reaching(simd, keys, key) {
+            enough if enough >= target => (low, n) = (key, enough),
+            fewer => (high, above) = (key - 1, fewer),
         }
     }
     (low, n)

@@ -43,8 +43,8 @@ impl RowSelector for TopPages<'_> {
         (seen <= self.pages.n_pages || keys <= self.all_up_to).then(|| (0..seen as u32).collect())
     }
 
-    fn start(&self, row: usize, guess: Option<f32>) -> Largest {
-        self.largest().start(row, guess)
+    fn start(&self, top: &mut Largest, row: usize, guess: Option<f32>) {
+        self.largest().start(top, row, guess);
     }
 
     #[inline(always)]
