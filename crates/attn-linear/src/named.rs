@@ -42,13 +42,9 @@ pub(crate) fn numbers<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Tenso
 
 /// `cu_seqlens (sequences + 1)`, if it is there: the prefix sums of the lengths of packed sequences.
 pub(crate) fn prefix_sums(tensors: &NamedTensors) -> Result<Option<Vec<usize>>> {
-    let Some(tensor) = tensors.get("cu_seqlens") else { return Ok(None) };
-    let TensorData::I32(sums) = &tensor.data else {
-        let found = tensor.data.dtype().map_or("u8".into(), |dtype| dtype.to_string());
-        return Err(AttnError::DType { tensor: "cu_seqlens".into(), found, expected: "i32".into() });
-    };
-    if tensor.shape.len() != 1 {
-        let found = format!("{:?}", tensor.shape);
+    let Some((shape, sums)) = tensors.i32("cu_seqlens")? else { return Ok(None) };
+    if shape.len() != 1 {
+        let found = format!("{shape:?}");
         return Err(AttnError::value("cu_seqlens' shape", found, "(sequences + 1)"));
     }
     let size = |sum: &i32| {

@@ -1,6 +1,7 @@
 //! A decision as calls of the softmax engine.
 
 use crate::decider::{Arrangement, Decision};
+use crate::prefill;
 use crate::residues;
 use attn_core::score::ScoreMod;
 use attn_core::{AttnError, AttnShape, OutMut, Qkv, Result, TensorView};
@@ -36,6 +37,10 @@ impl Call<'_> {
             Arrangement::ByResidue(residues) => {
                 self.check(&x, &out, lse.as_deref())?;
                 residues::forward(self, residues, x, out, lse)
+            }
+            Arrangement::ByLines(lines) if self.sinks.is_none() && self.score_mod.is_identity() => {
+                self.check(&x, &out, lse.as_deref())?;
+                prefill::attend_lines(lines, self.softmax_scale, x, out, lse)
             }
             _ => attend_any(Problem::batch(x), out, lse, &self.spec(&shape)),
         }

@@ -12,6 +12,7 @@
 
 use crate::block_mask::{BlockMask, SharedMask};
 use crate::memory::Memory;
+use crate::prefill::Lines;
 use crate::residues::Residues;
 use attn_core::mask::{Head, Mask};
 use attn_core::{AttnShape, Causality, Growth, Qkv, Result, StreamShape};
@@ -61,6 +62,8 @@ pub(crate) enum Arrangement {
     Apart(usize),
     /// Class by class.
     ByResidue(Residues),
+    /// Some distances one by one.
+    ByLines(Arc<Lines>),
 }
 
 impl Decision {
@@ -79,6 +82,12 @@ impl Decision {
     /// result depends on nothing but what it sees, to the last bit.
     pub fn row_by_row(mask: impl Mask + Send + 'static) -> Self {
         Self { arrangement: Arrangement::Apart(1), ..Self::new(mask) }
+    }
+
+    /// The pairs of columns and diagonals: what no tile serves well is attended along its diagonal.
+    pub fn by_lines(lines: Lines) -> Self {
+        let lines = Arc::new(lines);
+        Self { mask: lines.clone(), arrangement: Arrangement::ByLines(lines) }
     }
 
     /// [`Decision::row_by_row`] for the lists of a block mask: the engine is told what blocks there are.
@@ -127,6 +136,7 @@ impl fmt::Debug for Decision {
             Arrangement::Together => "together",
             Arrangement::Apart(_) => "rows apart",
             Arrangement::ByResidue(_) => "by residue",
+            Arrangement::ByLines(_) => "by lines",
         };
         f.debug_struct("Decision").field("rows", &arrangement).finish_non_exhaustive()
     }

@@ -16,7 +16,7 @@ mod run;
 mod tensors;
 
 pub use options::Options;
-pub use run::{gradients, no_backward, run_qkv};
+pub use run::{gradients, no_backward, run_built, run_qkv};
 pub use tensors::{NamedTensor, NamedTensors, TensorData, output_like};
 
 use crate::{Attention, AttnError, Family, Result};

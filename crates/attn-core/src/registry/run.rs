@@ -11,7 +11,14 @@ use crate::{Attention, AttnError, Qkv, QkvGrads, Result};
 /// variant has no backward pass.
 pub fn run_qkv(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     tensors.only(entry.name, &["q", "k", "v", "grad_o"])?;
-    let attention = entry.build(options)?;
+    run_built(&*entry.build(options)?, tensors)
+}
+
+/// [`run_qkv`] for a variant that is built already, perhaps from other tensors that are there; the names are not checked.
+///
+/// # Errors
+/// As [`run_qkv`].
+pub fn run_built(attention: &dyn Attention, tensors: &NamedTensors) -> Result<NamedTensors> {
     let x = tensors.qkv()?;
     let mut given = NamedTensors::default();
     let mut out = output_like(&x);
@@ -24,7 +31,7 @@ pub fn run_qkv(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Resu
         attention.forward(x, out.as_out()?)?;
     }
     if let Some(grad_o) = tensors.get("grad_o") {
-        given.0.extend(gradients(&*attention, x, &mut out, grad_o)?.0);
+        given.0.extend(gradients(attention, x, &mut out, grad_o)?.0);
     }
     given.0.insert("o".into(), out);
     Ok(given)

@@ -4,6 +4,9 @@ use crate::{AttnError, DType, Element, OutMut, Qkv, Result, TensorView, View, Vi
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 
+/// What a view of a tensor reads.
+const FLOATS: &str = "f32, bf16 or f16";
+
 /// Numbers of a named tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum TensorData {
@@ -27,6 +30,17 @@ impl TensorData {
             Self::Bf16(_) => Some(DType::Bf16),
             Self::F16(_) => Some(DType::F16),
             Self::I32(_) | Self::U8(_) => None,
+        }
+    }
+
+    /// The name of the storage type: `f32`, `bf16`, `f16`, `i32` or `u8`.
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::Bf16(_) => "bf16",
+            Self::F16(_) => "f16",
+            Self::I32(_) => "i32",
+            Self::U8(_) => "u8",
         }
     }
 
@@ -109,10 +123,26 @@ impl NamedTensors {
         let Some(tensor) = self.get(name) else { return Ok(None) };
         match &tensor.data {
             TensorData::F32(data) => Ok(Some((&tensor.shape, data))),
-            _ => {
-                Err(AttnError::DType { tensor: name.into(), found: "another".into(), expected: "f32".into() })
-            }
+            _ => Err(tensor.other_type(name, "f32")),
         }
+    }
+
+    /// The shape and the numbers of an i32 tensor, if it is there.
+    ///
+    /// # Errors
+    /// [`AttnError::DType`] if it holds something else.
+    pub fn i32(&self, name: &str) -> Result<Option<(&[usize], &[i32])>> {
+        let Some(tensor) = self.get(name) else { return Ok(None) };
+        Ok(Some((&tensor.shape, tensor.integers(name)?)))
+    }
+
+    /// The shape and the values of a tensor of booleans, if it is there; see [`NamedTensor::booleans`].
+    ///
+    /// # Errors
+    /// [`AttnError::DType`] if it holds floats.
+    pub fn booleans(&self, name: &str) -> Result<Option<(&[usize], Vec<bool>)>> {
+        let Some(tensor) = self.get(name) else { return Ok(None) };
+        Ok(Some((&tensor.shape, tensor.booleans(name)?)))
     }
 
     /// The three inputs as views; each must have the four axes `(batch, heads, length, width)`.
@@ -136,7 +166,30 @@ impl NamedTensor {
             TensorData::F32(d) => Ok(View::contiguous(name, d, shape)?.into()),
             TensorData::Bf16(d) => Ok(View::contiguous(name, d, shape)?.into()),
             TensorData::F16(d) => Ok(View::contiguous(name, d, shape)?.into()),
-            TensorData::I32(_) | TensorData::U8(_) => Err(integers(name)),
+            TensorData::I32(_) | TensorData::U8(_) => Err(self.other_type(name, FLOATS)),
+        }
+    }
+
+    /// The numbers of an i32 tensor, row-major. `name` is for messages.
+    ///
+    /// # Errors
+    /// [`AttnError::DType`] if it holds something else.
+    pub fn integers(&self, name: &str) -> Result<&[i32]> {
+        match &self.data {
+            TensorData::I32(data) => Ok(data),
+            _ => Err(self.other_type(name, "i32")),
+        }
+    }
+
+    /// The values of a tensor of booleans, row-major: u8 or i32, of which 0 is false. `name` is for messages.
+    ///
+    /// # Errors
+    /// [`AttnError::DType`] if it holds floats.
+    pub fn booleans(&self, name: &str) -> Result<Vec<bool>> {
+        match &self.data {
+            TensorData::U8(data) => Ok(data.iter().map(|x| *x != 0).collect()),
+            TensorData::I32(data) => Ok(data.iter().map(|x| *x != 0).collect()),
+            _ => Err(self.other_type(name, "u8 or i32 (0 is false)")),
         }
     }
 
@@ -145,12 +198,12 @@ impl NamedTensor {
     /// # Errors
     /// [`AttnError::Value`] for another rank, [`AttnError::DType`] for integers.
     pub fn as_out(&mut self) -> Result<OutMut<'_>> {
-        let shape = self.four_axes("out")?;
+        let (shape, other) = (self.four_axes("out")?, self.other_type("out", FLOATS));
         match &mut self.data {
             TensorData::F32(d) => Ok(ViewMut::contiguous("out", d, shape)?.into()),
             TensorData::Bf16(d) => Ok(ViewMut::contiguous("out", d, shape)?.into()),
             TensorData::F16(d) => Ok(ViewMut::contiguous("out", d, shape)?.into()),
-            TensorData::I32(_) | TensorData::U8(_) => Err(integers("out")),
+            TensorData::I32(_) | TensorData::U8(_) => Err(other),
         }
     }
 
@@ -193,6 +246,12 @@ impl NamedTensor {
         Self { shape: shape.to_vec(), data }
     }
 
+    /// The error of a tensor `name` that should hold something else.
+    fn other_type(&self, name: &str, expected: &str) -> AttnError {
+        let (found, expected) = (self.data.type_name().into(), expected.into());
+        AttnError::DType { tensor: name.into(), found, expected }
+    }
+
     fn four_axes(&self, name: &str) -> Result<[usize; 4]> {
         self.shape.as_slice().try_into().map_err(|_| {
             let expected = "(batch, heads, length, width)";
@@ -201,12 +260,52 @@ impl NamedTensor {
     }
 }
 
-fn integers(name: &str) -> AttnError {
-    let (found, expected) = ("an integer type".into(), "f32, bf16 or f16".into());
-    AttnError::DType { tensor: name.into(), found, expected }
-}
-
 /// An output buffer of a problem's shape and dtype, filled with NaN so that a row nobody wrote is seen.
 pub fn output_like(x: &Qkv<'_>) -> NamedTensor {
     NamedTensor::unwritten(&x.shape().out(), x.dtype())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensors() -> NamedTensors {
+        let tensor = |data| NamedTensor { shape: vec![1, 3], data };
+        let all = [
+            ("floats", TensorData::F32(vec![0.0, 1.5, -2.0])),
+            ("indices", TensorData::I32(vec![0, -7, 1 << 24 | 1])),
+            ("flags", TensorData::U8(vec![0, 1, 255])),
+            ("halves", TensorData::F16(vec![f16::ONE; 3])),
+        ];
+        NamedTensors(all.into_iter().map(|(name, data)| (name.into(), tensor(data))).collect())
+    }
+
+    #[test]
+    fn integers_and_booleans_are_read_with_their_shapes() {
+        let tensors = tensors();
+        assert_eq!(tensors.i32("indices").unwrap(), Some((&[1, 3][..], &[0, -7, 1 << 24 | 1][..])));
+        let seen = Some((&[1, 3][..], vec![false, true, true]));
+        assert_eq!(tensors.booleans("flags").unwrap(), seen);
+        assert_eq!(tensors.booleans("indices").unwrap(), seen);
+        assert_eq!(tensors.f32("floats").unwrap(), Some((&[1, 3][..], &[0.0, 1.5, -2.0][..])));
+        assert_eq!(tensors.i32("nothing"), Ok(None));
+        assert_eq!(tensors.booleans("nothing"), Ok(None));
+    }
+
+    #[test]
+    fn another_type_is_refused_by_name() {
+        let tensors = tensors();
+        let cases = [
+            (tensors.i32("flags").unwrap_err(), "flags: dtype is u8, expected i32"),
+            (tensors.i32("halves").unwrap_err(), "halves: dtype is f16, expected i32"),
+            (
+                tensors.booleans("floats").unwrap_err(),
+                "floats: dtype is f32, expected u8 or i32 (0 is false)",
+            ),
+            (tensors.f32("indices").unwrap_err(), "indices: dtype is i32, expected f32"),
+        ];
+        for (error, message) in cases {
+            assert_eq!(error.to_string(), message);
+        }
+    }
 }

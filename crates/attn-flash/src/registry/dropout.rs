@@ -1,6 +1,5 @@
 //! Dropout from options and the tensor `keep`.
 
-use super::sequences::booleans;
 use attn_core::dropout::Dropout;
 use attn_core::registry::{NamedTensors, Options};
 use attn_core::{AttnError, AttnShape, Result};
@@ -10,7 +9,7 @@ pub(super) type Keep<'a> = Option<(&'a [usize], Vec<bool>)>;
 
 /// The tensor `keep`: booleans as u8, true = keep, broadcast like `mask`.
 pub(super) fn keep(tensors: &NamedTensors) -> Result<Keep<'_>> {
-    booleans(tensors, "keep")
+    tensors.booleans("keep")
 }
 
 /// The options `dropout_p` and `seed`; with `keep`, that decides instead of random numbers.

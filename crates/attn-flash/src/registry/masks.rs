@@ -2,7 +2,6 @@
 
 use super::by_sequence::BySequence;
 use super::formula::FormulaMask;
-use super::sequences::{booleans, integers};
 use crate::Flash;
 use crate::engine::Problem;
 use attn_core::mask::{And, DenseMask, Documents, Mask, PrefixLm};
@@ -17,7 +16,7 @@ pub(super) type Dense<'a> = Option<(&'a [usize], Vec<bool>)>;
 
 /// The tensor `mask`.
 pub(super) fn dense(tensors: &NamedTensors) -> Result<Dense<'_>> {
-    booleans(tensors, "mask")
+    tensors.booleans("mask")
 }
 
 /// What hides a pair besides the band of `flash`.
@@ -30,7 +29,7 @@ pub(super) fn masks<'a>(
 ) -> Result<impl Mask + use<'a>> {
     let shape = problem.shape();
     let dense = dense.as_ref().map(|(axes, seen)| DenseMask::new(seen, axes, &shape)).transpose()?;
-    let documents = match (integers(tensors, "documents_q")?, integers(tensors, "documents_kv")?) {
+    let documents = match (tensors.i32("documents_q")?, tensors.i32("documents_kv")?) {
         (None, None) => None,
         (Some((_, q)), Some((_, kv))) => Some(Documents::new(q, kv, &shape)?),
         (q, _) => {

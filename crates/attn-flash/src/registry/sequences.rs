@@ -48,7 +48,8 @@ impl Layout {
     /// [`AttnError`] naming the tensor that is missing or does not fit.
     pub(super) fn problem(self, tensors: &NamedTensors) -> Result<Problem<'_>> {
         let list = |name: &str| {
-            integers(tensors, name).and_then(|found| found.ok_or_else(|| missing(tensors, name)))
+            let tensor = tensors.require(name)?;
+            Ok::<_, AttnError>((tensor.shape.as_slice(), tensor.integers(name)?))
         };
         match self {
             Self::Batch => Ok(tensors.qkv()?.into()),
@@ -168,37 +169,6 @@ fn four(name: &str, tensor: &NamedTensor, expected: &str) -> Result<[usize; 4]> 
     tensor.shape.as_slice().try_into().map_err(wrong)
 }
 
-fn missing(tensors: &NamedTensors, name: &str) -> AttnError {
-    let found = tensors.0.keys().cloned().collect::<Vec<_>>().join(", ");
-    AttnError::Missing { name: name.into(), found }
-}
-
 fn other_type(name: &str, expected: &str) -> AttnError {
     AttnError::DType { tensor: name.into(), found: "another".into(), expected: expected.into() }
-}
-
-/// An i32 tensor, if it is there.
-pub(super) fn integers<'a>(
-    tensors: &'a NamedTensors,
-    name: &str,
-) -> Result<Option<(&'a [usize], &'a [i32])>> {
-    match tensors.get(name) {
-        None => Ok(None),
-        Some(NamedTensor { shape, data: TensorData::I32(data) }) => Ok(Some((shape, data))),
-        Some(_) => Err(other_type(name, "i32")),
-    }
-}
-
-/// A tensor of booleans, stored as bytes, if it is there.
-pub(super) fn booleans<'a>(
-    tensors: &'a NamedTensors,
-    name: &str,
-) -> Result<Option<(&'a [usize], Vec<bool>)>> {
-    match tensors.get(name) {
-        None => Ok(None),
-        Some(NamedTensor { shape, data: TensorData::U8(data) }) => {
-            Ok(Some((shape, data.iter().map(|b| *b != 0).collect())))
-        }
-        Some(_) => Err(other_type(name, "bool or u8")),
-    }
 }

@@ -1,6 +1,6 @@
 //! What a variant is given: q, k, v and named f32 tensors beside them.
 
-use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
+use attn_core::registry::NamedTensors;
 use attn_core::view::{Rows, contiguous_strides};
 use attn_core::{AttnError, Qkv, Result, TensorView, View};
 use std::ops::Range;
@@ -146,7 +146,7 @@ impl<'a> Inputs<'a> {
     /// # Errors
     /// [`AttnError`] naming the tensor that is missing, of another dtype or rank.
     pub fn of(tensors: &'a NamedTensors, extras: &[Extra]) -> Result<Self> {
-        let [q, k, v] = ["q", "k", "v"].map(|name| view(name, tensors.require(name)?));
+        let [q, k, v] = ["q", "k", "v"].map(|name| tensors.require(name)?.view(name));
         let mut inputs = Self::new(q?, k?, v?);
         let (batch, tokens, keys) = (inputs.q.shape()[0], inputs.q.shape()[2], inputs.k.shape()[2]);
         let rows = |extra: &Extra| if extra.per == Per::Key { keys } else { tokens };
@@ -276,22 +276,5 @@ impl<'a> Inputs<'a> {
     ) -> Vec<(&'static str, Rows<'a, f32>)> {
         let rows = |view: &View<'a, f32>| view.head(batch, head / (heads / view.shape()[1]));
         self.extras.iter().map(|(name, view)| (*name, rows(view))).collect()
-    }
-}
-
-fn view<'a>(name: &str, tensor: &'a NamedTensor) -> Result<TensorView<'a>> {
-    let shape = tensor.shape.as_slice().try_into().map_err(|_| {
-        let expected = "(batch, heads, length, width)";
-        AttnError::value(format!("{name}'s shape"), format!("{:?}", tensor.shape), expected)
-    })?;
-    match &tensor.data {
-        TensorData::F32(data) => Ok(View::contiguous(name, data, shape)?.into()),
-        TensorData::Bf16(data) => Ok(View::contiguous(name, data, shape)?.into()),
-        TensorData::F16(data) => Ok(View::contiguous(name, data, shape)?.into()),
-        TensorData::I32(_) | TensorData::U8(_) => Err(AttnError::DType {
-            tensor: name.into(),
-            found: "an integer type".into(),
-            expected: "f32, bf16 or f16".into(),
-        }),
     }
 }

@@ -53,7 +53,7 @@ impl BlockSizes {
         Self { q: block, kv: block }
     }
 
-    fn check(self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         for (name, size) in [("block_q", self.q), ("block_kv", self.kv)] {
             if size == 0 {
                 return Err(AttnError::value(name, 0, "at least 1"));

@@ -24,5 +24,6 @@ pub use exact_top_k::ExactTopK;
 pub use flex_prefill::FlexPrefill;
 pub use minference::MInferenceBlockSparse;
 pub use sparge::SpargeAttn;
+pub(crate) use vertical_slash::forward as attend_lines;
 pub use vertical_slash::{Lines, VerticalSlash};
 pub use x_attention::XAttention;

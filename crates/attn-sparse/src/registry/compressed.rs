@@ -1,7 +1,7 @@
 //! Compressed sparse and compressed heavy attention.
 
-use super::routed::{CAUSAL, INDEX_DIM, check_shape, floats, index_dim, one_head};
-use super::{at_least_1, only_causal};
+use super::routed::{CAUSAL, INDEX_DIM, check_shape, floats, one_head};
+use super::{at_least_1, length, only_causal};
 use crate::{CompressedAttention, CompressedInputs, Entries, EntryIndexer, EntryPooling};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, run_qkv};
 use attn_core::{DType, Family, Result};
@@ -47,7 +47,10 @@ fn configured(options: &Options, sparse: bool) -> Result<CompressedAttention> {
     only_causal(options, if sparse { "compressed-sparse" } else { "compressed-heavy" })?;
     let entries = match sparse {
         false => Entries::Heavy,
-        true => Entries::Sparse { top_k: at_least_1(options, "top_k", 512)?, index_dim: index_dim(options)? },
+        true => Entries::Sparse {
+            top_k: at_least_1(options, "top_k", 512)?,
+            index_dim: length(options, INDEX_DIM.name)?,
+        },
     };
     Ok(CompressedAttention {
         rate: at_least_1(options, "rate", if sparse { 4 } else { 128 })?,

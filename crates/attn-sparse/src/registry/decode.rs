@@ -203,10 +203,7 @@ fn run_eviction(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Res
 
 /// The survivors that a tensor `(batch, n_heads_kv, most)` lists; negative entries are none.
 fn given_survivors(kept: &NamedTensor, [batch, heads]: [usize; 2]) -> Result<Survivors> {
-    let TensorData::I32(data) = &kept.data else {
-        let (found, expected) = ("another".into(), "i32".into());
-        return Err(AttnError::DType { tensor: "kept".into(), found, expected });
-    };
+    let data = kept.integers("kept")?;
     let &[b, h, most] = kept.shape.as_slice() else {
         let expected = "(batch, n_heads_kv, most)";
         return Err(AttnError::value("kept's shape", format!("{:?}", kept.shape), expected));

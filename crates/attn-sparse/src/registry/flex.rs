@@ -1,7 +1,7 @@
 //! Masks and score functions that the user gives: by name, as formulas, as dense tensors, as lists of blocks.
 
-use super::named::{CAUSAL, Learned, booleans, integers, option, run};
-use super::{at_least_1, attention};
+use super::named::{CAUSAL, Learned, option, run};
+use super::{at_least_1, attention, length};
 use crate::pairs::{Alike, count_pairs};
 use crate::score_rule::{RelativeIndex, relative_max};
 use crate::{BlockSizes, Builder, Decider, Decision, Promises, ScoreRule, SharedMask, SparseAttention, Work};
@@ -262,12 +262,9 @@ impl Mask for OwnedDense {
 fn flex(name: &str, options: &Options) -> Result<Flex> {
     let default = if name == "flex" { "none" } else { "512" };
     let window = match options.0.contains_key("window") {
-        true => options.get("window")?,
+        true => length(options, "window")?,
         false => default.parse().ok(),
     };
-    if window == Some(0) {
-        return Err(AttnError::value("option `window`", 0, "at least 1"));
-    }
     let formula = options.get::<String>("mask_mod")?;
     let (q, kv) = (at_least_1(options, "block_q", 128)?, at_least_1(options, "block_kv", 128)?);
     Ok(Flex {
@@ -328,15 +325,15 @@ fn run_flex(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<
     tensors.only(entry.name, &known)?;
     let shape = tensors.qkv()?.shape();
     let mut decider = flex(entry.name, options)?;
-    if let Some((axes, seen)) = booleans(tensors, "mask")? {
+    if let Some((axes, seen)) = tensors.booleans("mask")? {
         decider.dense = Some(OwnedDense::new(seen, axes, shape)?);
     }
     let unsigned = |name: &str| -> Result<Option<Arc<[usize]>>> {
-        let Some((_, numbers)) = integers(tensors, name)? else { return Ok(None) };
+        let Some((_, numbers)) = tensors.i32(name)? else { return Ok(None) };
         let one = |n: &i32| usize::try_from(*n).map_err(|_| AttnError::value(name, n, "not negative"));
         numbers.iter().map(one).collect::<Result<Arc<[usize]>>>().map(Some)
     };
-    decider.layout = match (booleans(tensors, "block_mask")?, unsigned("row_ptr")?, unsigned("blocks")?) {
+    decider.layout = match (tensors.booleans("block_mask")?, unsigned("row_ptr")?, unsigned("blocks")?) {
         (None, None, None) => None,
         (Some((axes, layout)), None, None) => {
             let lists = match axes {

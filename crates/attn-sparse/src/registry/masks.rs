@@ -1,7 +1,7 @@
 //! Masks of whole sequences: padding, prefixes, spans, documents, buckets, dilated windows, heads that differ.
 
-use super::named::{CAUSAL, integers, list, option, ranges, run};
-use super::{at_least_1, attention, build};
+use super::named::{CAUSAL, list, option, ranges, run};
+use super::{at_least_1, attention, build, length};
 use crate::{
     BidirectionalSpans, Branch, DilatedWindow, DocumentLayout, Documents, HeadChoice, LocalBuckets, LongNet,
     Padded, Pattern, PerHead, PrefixLm, SinkWindow, SlidingWindow, SpanLayout, SparseAttention,
@@ -216,7 +216,7 @@ fn spans(options: &Options) -> Result<BidirectionalSpans> {
 fn run_spans(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     tensors.only(entry.name, &["q", "k", "v", "grad_o", "span_ids"])?;
     let mut pattern = spans(options)?;
-    if let Some((_, ids)) = integers(tensors, "span_ids")? {
+    if let Some((_, ids)) = tensors.i32("span_ids")? {
         pattern.spans = SpanLayout::Ids(ids.to_vec());
     }
     run(&attention(options, pattern)?, tensors, None)
@@ -233,7 +233,7 @@ fn documents(options: &Options) -> Result<Documents> {
 fn run_documents(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     tensors.only(entry.name, &["q", "k", "v", "grad_o", "document_ids"])?;
     let mut pattern = documents(options)?;
-    if let Some((_, ids)) = integers(tensors, "document_ids")? {
+    if let Some((_, ids)) = tensors.i32("document_ids")? {
         pattern.layout = DocumentLayout::Ids(ids.to_vec());
     }
     run(&attention(options, pattern)?, tensors, None)
@@ -271,12 +271,7 @@ fn longnet(options: &Options) -> Result<LongNet> {
 
 fn sink_logit(options: &Options) -> Result<SparseAttention<SlidingWindow>> {
     let causal = options.get_or("causal", true)?;
-    let window: usize = match options.get("window")? {
-        Some(0) => return Err(AttnError::value("option `window`", 0, "at least 1")),
-        Some(window) => window,
-        None => usize::MAX,
-    };
-    let left = window - 1;
+    let left = length(options, "window")?.unwrap_or(usize::MAX) - 1;
     let pattern = SlidingWindow { left, right: if causal { 0 } else { left } };
     Ok(attention(options, pattern)?.named("sink-logit"))
 }

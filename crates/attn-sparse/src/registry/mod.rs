@@ -3,6 +3,7 @@
 mod compressed;
 mod decode;
 mod flex;
+mod given;
 mod layouts;
 mod masks;
 mod named;
@@ -49,6 +50,14 @@ fn build<D: Decider>(options: &Options, decider: D) -> Result<Box<dyn Attention>
 fn at_least_1(options: &Options, name: &str, default: usize) -> Result<usize> {
     match options.get_or(name, default)? {
         0 => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
+        length => Ok(length),
+    }
+}
+
+/// A length that has to be positive if it is given.
+fn length(options: &Options, name: &str) -> Result<Option<usize>> {
+    match options.get(name)? {
+        Some(0) => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
         length => Ok(length),
     }
 }

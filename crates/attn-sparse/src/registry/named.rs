@@ -2,7 +2,7 @@
 
 use crate::attention::{BiasGrad, SparseGrads};
 use crate::{Decider, SparseAttention};
-use attn_core::registry::{NamedTensor, NamedTensors, OptionSpec, Options, TensorData, output_like};
+use attn_core::registry::{NamedTensor, NamedTensors, OptionSpec, Options, output_like};
 use attn_core::score::BiasIndex;
 use attn_core::{AttnError, Differentiable, QkvGrads, Result, SoftmaxAttention};
 use std::ops::Range;
@@ -38,36 +38,6 @@ pub(super) fn ranges(options: &Options, name: &str) -> Result<Vec<Range<usize>>>
         Ok(number(first)?..number(end)?)
     };
     text.split(',').map(one).collect()
-}
-
-/// The shape and the numbers of a tensor of integers, if it is there.
-pub(super) fn integers<'a>(
-    tensors: &'a NamedTensors,
-    name: &str,
-) -> Result<Option<(&'a [usize], &'a [i32])>> {
-    match tensors.get(name) {
-        None => Ok(None),
-        Some(NamedTensor { shape, data: TensorData::I32(data) }) => Ok(Some((shape, data))),
-        Some(_) => Err(other_type(name, "i32")),
-    }
-}
-
-/// The shape of a tensor of booleans, stored as bytes, and its values, if it is there.
-pub(super) fn booleans<'a>(
-    tensors: &'a NamedTensors,
-    name: &str,
-) -> Result<Option<(&'a [usize], Vec<bool>)>> {
-    match tensors.get(name) {
-        None => Ok(None),
-        Some(NamedTensor { shape, data: TensorData::U8(data) }) => {
-            Ok(Some((shape, data.iter().map(|b| *b != 0).collect())))
-        }
-        Some(_) => Err(other_type(name, "bool or u8")),
-    }
-}
-
-fn other_type(name: &str, expected: &str) -> AttnError {
-    AttnError::DType { tensor: name.into(), found: "another".into(), expected: expected.into() }
 }
 
 /// A bias that is learned: its tensor's name, and which pair reads which element.

@@ -1,13 +1,18 @@
 //! Selection while decoding, by notes of pages or of single tokens.
 
-use super::named::{integers, option};
-use super::routed::{CAUSAL, routed, run_built};
-use super::{at_least_1, only_causal};
+use super::named::option;
+use super::routed::{CAUSAL, routed};
+use super::{at_least_1, length, only_causal};
 use crate::{ArkVale, DoubleSparsity, InfLlmMemory, Loki, PageScorer, Pages, Routed, Router, Volume};
-use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
+use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_built, run_qkv};
 use attn_core::{AttnError, Family, Result};
 
 const TOP_K: OptionSpec = option("top_k", "1024", "keys that a query takes");
+const CALIBRATION_LEN: OptionSpec = option(
+    "calibration_len",
+    "",
+    "first keys from which channels or axes are found, attended by all that see no more; default top_k",
+);
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![
@@ -38,11 +43,7 @@ pub(super) fn entries() -> Vec<Entry> {
                     CAUSAL,
                     TOP_K,
                     option("label_dim", "", "channels of a label; default an eighth of head_dim"),
-                    option(
-                        "calibration_len",
-                        "",
-                        "first keys from which channels are found, attended by all that see no more; default top_k",
-                    ),
+                    CALIBRATION_LEN,
                     OptionSpec::SCALE,
                 ]
             },
@@ -80,11 +81,7 @@ pub(super) fn entries() -> Vec<Entry> {
                     CAUSAL,
                     TOP_K,
                     option("rank", "", "axes; default a quarter of head_dim"),
-                    option(
-                        "calibration_len",
-                        "",
-                        "first keys from which axes are found, attended by all that see no more; default top_k",
-                    ),
+                    CALIBRATION_LEN,
                     OptionSpec::SCALE,
                 ]
             },
@@ -109,22 +106,19 @@ fn ark_vale(options: &Options) -> Result<ArkVale> {
 }
 
 fn double_sparsity(options: &Options) -> Result<DoubleSparsity> {
-    let top_k = at_least_1(options, "top_k", 1024)?;
-    let label_dim = options.get("label_dim")?;
-    if label_dim == Some(0) {
-        return Err(AttnError::value("option `label_dim`", 0, "at least 1"));
-    }
-    let calibration_len = at_least_1(options, "calibration_len", top_k)?;
-    Ok(DoubleSparsity { top_k, label_dim, calibration_len, channels: None })
+    let (top_k, calibration_len) = calibrated(options)?;
+    Ok(DoubleSparsity { top_k, label_dim: length(options, "label_dim")?, calibration_len, channels: None })
 }
 
 fn loki(options: &Options) -> Result<Loki> {
-    let top_k = at_least_1(options, "top_k", 1024)?;
-    let rank = options.get("rank")?;
-    if rank == Some(0) {
-        return Err(AttnError::value("option `rank`", 0, "at least 1"));
-    }
-    Ok(Loki { top_k, rank, calibration_len: at_least_1(options, "calibration_len", top_k)?, axes: None })
+    let (top_k, calibration_len) = calibrated(options)?;
+    Ok(Loki { top_k, rank: length(options, "rank")?, calibration_len, axes: None })
+}
+
+/// Keys that a query takes, and keys to learn from.
+fn calibrated(options: &Options) -> Result<(usize, usize)> {
+    let top_k = at_least_1(options, TOP_K.name, 1024)?;
+    Ok((top_k, at_least_1(options, CALIBRATION_LEN.name, top_k)?))
 }
 
 fn infllm(options: &Options) -> Result<InfLlmMemory> {
@@ -142,7 +136,7 @@ fn infllm(options: &Options) -> Result<InfLlmMemory> {
 
 /// `q`, `k`, `v`, and perhaps the channels of each key/value head, `channels [n_heads_kv, label_dim]`.
 fn run_double_sparsity(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
-    let Some((shape, channels)) = integers(tensors, "channels")? else {
+    let Some((shape, channels)) = tensors.i32("channels")? else {
         return run_qkv(entry, options, tensors);
     };
     tensors.only(entry.name, &["q", "k", "v", "grad_o", "channels"])?;

@@ -3,22 +3,15 @@
 //! Runners also take the choice itself, under the names of the golden files: `block_mask [batch, n_heads_q, rows, columns]` of
 //! blocks, `mask [batch, n_heads_q, n_q, n_kv]` of pairs, or `vertical` and `slash [batch, heads, lines]`.
 
-use super::named::{self, option};
+use super::given::{given_blocks, run_given};
+use super::named::{CAUSAL, option};
 use super::{at_least_1, build, only_causal};
 use crate::prefill::{
     ExactTopK, FlexPrefill, Lines, MInferenceBlockSparse, SpargeAttn, VerticalSlash, XAttention,
 };
-use crate::{BlockSizes, Builder, Decider, Decision, Promises, SparseAttention, Work};
-use attn_core::mask::{Align, Band};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, TensorData, run_qkv};
-use attn_core::{AttnError, AttnShape, Causality, Family, Growth, Qkv, Result};
-use std::sync::Arc;
-
-const CAUSAL: OptionSpec = OptionSpec {
-    name: "causal",
-    default: "true",
-    help: "a query attends no key after its position (true|false)",
-};
+use crate::{BlockSizes, Decider, Decision};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options};
+use attn_core::{AttnError, AttnShape, Family, Result};
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![
@@ -223,57 +216,9 @@ fn share(options: &Options, name: &str, default: f64) -> Result<f64> {
     }
 }
 
-/// A choice that was made elsewhere.
-#[derive(Clone)]
-struct Given(Decision);
-
-impl Decider for Given {
-    const NAME: &'static str = "given";
-
-    fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
-        self.0.mask().check(&x.shape())?;
-        Ok(self.0.clone())
-    }
-
-    fn promises(&self) -> Promises {
-        Promises {
-            causality: Causality::Bidirectional,
-            key_order_free: false,
-            cross_lengths: true,
-            time: Growth::Quadratic,
-            memory: Growth::Constant,
-            kept: None,
-        }
-    }
-
-    fn work(&self, _: &AttnShape) -> Work {
-        Work::default()
-    }
-}
-
-/// Runs under a choice that is given with the tensors called `names`, which `decide` reads; without them, as ever.
-fn run_given(
-    entry: &Entry,
-    options: &Options,
-    tensors: &NamedTensors,
-    names: &[&str],
-    decide: impl FnOnce(&AttnShape) -> Result<Decision>,
-) -> Result<NamedTensors> {
-    if !names.iter().any(|name| tensors.get(name).is_some()) {
-        return run_qkv(entry, options, tensors);
-    }
-    tensors.only(entry.name, &[&["q", "k", "v", "grad_o"], names].concat())?;
-    entry.build(options)?;
-    let x = tensors.qkv()?;
-    let attention = SparseAttention::new(Given(decide(&x.shape())?));
-    let attention = SparseAttention { softmax_scale: options.get("scale")?, ..attention };
-    named::run(&attention, tensors, None)
-}
-
 fn run_top_k(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     run_given(entry, options, tensors, &["mask"], |shape| {
-        let mask = tensors.require("mask")?;
-        given_blocks("mask", mask, shape, BlockSizes::square(1), false)
+        Ok(given_blocks(tensors, "mask", shape, BlockSizes::square(1), false)?.into())
     })
 }
 
@@ -285,45 +230,15 @@ fn run_blocks(
     causal: bool,
 ) -> Result<NamedTensors> {
     run_given(entry, options, tensors, &["block_mask"], |shape| {
-        let mask = tensors.require("block_mask")?;
-        given_blocks("block_mask", mask, shape, sizes, causal)
+        Ok(given_blocks(tensors, "block_mask", shape, sizes, causal)?.into())
     })
-}
-
-/// The blocks that a tensor `[batch, n_heads_q, rows, columns]` of flags lists.
-fn given_blocks(
-    name: &str,
-    mask: &NamedTensor,
-    shape: &AttnShape,
-    sizes: BlockSizes,
-    causal: bool,
-) -> Result<Decision> {
-    let blocks = [shape.n_q.div_ceil(sizes.q), shape.n_kv.div_ceil(sizes.kv)];
-    let expected = [shape.batch, shape.n_heads_q, blocks[0], blocks[1]];
-    if mask.shape != expected {
-        let (found, expected) = (format!("{:?}", mask.shape), format!("{expected:?}"));
-        return Err(AttnError::value(format!("{name}'s shape"), found, expected));
-    }
-    let TensorData::U8(flags) = &mask.data else {
-        let (found, expected) = ("another".into(), "bool or u8".into());
-        return Err(AttnError::DType { tensor: name.into(), found, expected });
-    };
-    let mut builder = Builder::new(shape, sizes).per_batch();
-    if shape.n_heads_q > 0 {
-        builder = builder.per_head(shape.n_heads_q);
-    }
-    if causal {
-        builder = builder.inside(Arc::new(Band::causal(shape, Align::BottomRight)));
-    }
-    let layout: Vec<bool> = flags.iter().map(|flag| *flag != 0).collect();
-    Ok(builder.from_dense(&layout)?.into())
 }
 
 fn run_lines(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result<NamedTensors> {
     run_given(entry, options, tensors, &["mask", "vertical", "slash"], |shape| {
-        if let Some(mask) = tensors.get("mask") {
+        if tensors.get("mask").is_some() {
             tensors.only(entry.name, &["q", "k", "v", "grad_o", "mask"])?;
-            return given_blocks("mask", mask, shape, BlockSizes::square(1), false);
+            return Ok(given_blocks(tensors, "mask", shape, BlockSizes::square(1), false)?.into());
         }
         let (vertical, slash) = (tensors.require("vertical")?, tensors.require("slash")?);
         let heads = (0..shape.batch).flat_map(|batch| (0..shape.n_heads_q).map(move |head| (batch, head)));
@@ -333,7 +248,7 @@ fn run_lines(entry: &Entry, options: &Options, tensors: &NamedTensors) -> Result
                 numbers("slash", slash, shape, batch, head)?,
             ))
         };
-        Ok(Decision::new(Lines::new(shape, shape.batch, heads.map(both).collect::<Result<_>>()?)?))
+        Ok(Decision::by_lines(Lines::new(shape, shape.batch, heads.map(both).collect::<Result<_>>()?)?))
     })
 }
 
@@ -345,10 +260,7 @@ fn numbers(
     batch: usize,
     head: usize,
 ) -> Result<Vec<usize>> {
-    let TensorData::I32(data) = &tensor.data else {
-        let (found, expected) = ("another".into(), "i32".into());
-        return Err(AttnError::DType { tensor: name.into(), found, expected });
-    };
+    let data = tensor.integers(name)?;
     let fits = |axis: usize, wanted: usize| axis == 1 || axis == wanted;
     match tensor.shape[..] {
         [batches, heads, lines] if fits(batches, shape.batch) && fits(heads, shape.n_heads_q) => {

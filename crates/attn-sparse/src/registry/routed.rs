@@ -1,16 +1,11 @@
 //! Trainable selection.
 
-use super::{at_least_1, only_causal};
-use crate::decider::Decision;
+use super::given::run_decided;
+use super::{at_least_1, length, only_causal};
 use crate::routed::given_lists;
-use crate::{
-    BlockIndexer, BlockIndexerInputs, Decided, Dsa, DsaInputs, IndexTarget, InfLlm, Moba, Routed, Router,
-    SparseAttention,
-};
-use attn_core::registry::{
-    Entry, NamedTensor, NamedTensors, OptionSpec, Options, gradients, output_like, run_qkv,
-};
-use attn_core::{Attention, AttnError, Family, Result, SoftmaxAttention};
+use crate::{BlockIndexer, BlockIndexerInputs, Dsa, DsaInputs, IndexTarget, InfLlm, Moba, Routed, Router};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, run_qkv};
+use attn_core::{Attention, AttnError, Family, Result};
 
 pub(super) const INDEX_DIM: OptionSpec = OptionSpec {
     name: "index_dim",
@@ -125,13 +120,6 @@ fn moba(options: &Options) -> Result<Moba> {
     Ok(Moba { chunk_len: at_least_1(options, "chunk_len", 512)?, top_k: at_least_1(options, "top_k", 8)? })
 }
 
-pub(super) fn index_dim(options: &Options) -> Result<Option<usize>> {
-    match options.get("index_dim")? {
-        Some(0) => Err(AttnError::value("option `index_dim`", 0, "at least 1")),
-        width => Ok(width),
-    }
-}
-
 fn indexer_target(options: &Options) -> Result<IndexTarget> {
     match options.get::<String>("indexer_target")?.as_deref() {
         None | Some("selected") => Ok(IndexTarget::Selected),
@@ -145,7 +133,7 @@ fn indexer_target(options: &Options) -> Result<IndexTarget> {
 
 fn dsa(options: &Options) -> Result<Dsa> {
     indexer_target(options)?;
-    Ok(Dsa { top_k: at_least_1(options, "top_k", 2048)?, index_dim: index_dim(options)? })
+    Ok(Dsa { top_k: at_least_1(options, "top_k", 2048)?, index_dim: length(options, INDEX_DIM.name)? })
 }
 
 fn block_indexer(options: &Options) -> Result<BlockIndexer> {
@@ -153,7 +141,7 @@ fn block_indexer(options: &Options) -> Result<BlockIndexer> {
         block_len: at_least_1(options, "block_len", 64)?,
         top_k: at_least_1(options, "top_k", 32)?,
         local_blocks: options.get_or("local_blocks", 1)?,
-        index_dim: index_dim(options)?,
+        index_dim: length(options, INDEX_DIM.name)?,
     })
 }
 
@@ -245,28 +233,6 @@ fn run_block_indexer(entry: &Entry, options: &Options, tensors: &NamedTensors) -
         index_k: index_k.view("index_k")?,
     };
     run_decided(options, tensors, indexer.decide_with(&s, &inputs)?)
-}
-
-/// Attends what was decided: `o`, `lse`, and gradients with `grad_o`.
-fn run_decided(options: &Options, tensors: &NamedTensors, decision: Decision) -> Result<NamedTensors> {
-    let attention =
-        SparseAttention { softmax_scale: options.get("scale")?, ..SparseAttention::new(Decided(decision)) };
-    run_built(&attention, tensors)
-}
-
-/// Runs a variant that has been built on `q`, `k`, `v`: `o`, `lse`, and gradients with `grad_o`.
-pub(super) fn run_built(attention: &impl SoftmaxAttention, tensors: &NamedTensors) -> Result<NamedTensors> {
-    let x = tensors.qkv()?;
-    let (mut out, mut lse) = (output_like(&x), vec![f32::NAN; x.shape().rows()]);
-    attention.forward_with_lse(x, out.as_out()?, &mut lse)?;
-    let [batch, heads, n_q, _] = x.shape().out();
-    let mut given = NamedTensors::default();
-    given.0.insert("lse".into(), NamedTensor::f32("lse", &[batch, heads, n_q], lse)?);
-    if let Some(grad_o) = tensors.get("grad_o") {
-        given.0.extend(gradients(attention, x, &mut out, grad_o)?.0);
-    }
-    given.0.insert("o".into(), out);
-    Ok(given)
 }
 
 /// The numbers of an f32 tensor that has to be there.

@@ -16,15 +16,57 @@ pub struct Lines {
     n_kv: usize,
 }
 
-/// The lines of one head.
+/// The lines of one head: keys `V` and distances `D`, less the distances that are attended apart.
 #[derive(Debug, Clone)]
-struct Sets {
+pub(super) struct Sets {
     vertical: Bits,
     slash: Bits,
+    /// Distances at which not even the keys of `V` are seen.
+    apart: Bits,
     /// Runs of neighbouring distances.
-    runs: Vec<Range<usize>>,
+    pub(super) runs: Vec<Range<usize>>,
     /// Runs of neighbouring keys.
     keys: Vec<Range<usize>>,
+    /// Runs of neighbouring distances of `apart`.
+    apart_runs: Vec<Range<usize>>,
+}
+
+impl Sets {
+    fn new(n_kv: usize, keys: Vec<usize>, distances: Vec<usize>) -> Self {
+        Self {
+            vertical: Bits::new(n_kv, keys.iter().copied()),
+            slash: Bits::new(n_kv, distances.iter().copied()),
+            apart: Bits::default(),
+            runs: runs(distances),
+            keys: runs(keys),
+            apart_runs: Vec::new(),
+        }
+    }
+
+    /// Without the distances `apart`, runs that are some of [`Sets::runs`].
+    pub(super) fn without(&self, n_kv: usize, apart: Vec<Range<usize>>) -> Self {
+        let runs = self.runs.iter().filter(|run| !apart.contains(run)).cloned().collect::<Vec<_>>();
+        Self {
+            slash: Bits::new(n_kv, runs.iter().cloned().flatten()),
+            apart: Bits::new(n_kv, apart.iter().cloned().flatten()),
+            runs,
+            apart_runs: apart,
+            ..self.clone()
+        }
+    }
+
+    /// Sorted ranges that hold all keys which queries at positions `first..=last` see.
+    pub(super) fn spans(&self, first: isize, last: isize) -> Vec<Range<usize>> {
+        if last < 0 {
+            return Vec::new();
+        }
+        let keys = self.keys.iter().map(|run| run.start..run.end.min(last as usize + 1));
+        let slashes = self.runs.iter().map(|run| {
+            let from = (first + 1 - run.end as isize).max(0) as usize;
+            from..(last + 1 - run.start as isize).max(0) as usize
+        });
+        joined(keys.chain(slashes).filter(|span| span.start < span.end).collect())
+    }
 }
 
 impl Lines {
@@ -51,10 +93,7 @@ impl Lines {
                 return Err(AttnError::value(name, *far, format!("below n_kv = {}", shape.n_kv)));
             }
         }
-        let sets = heads.into_iter().map(|(keys, distances)| {
-            let (vertical, slash) = (Bits::new(shape.n_kv, &keys), Bits::new(shape.n_kv, &distances));
-            Sets { keys: runs(keys), runs: runs(distances), vertical, slash }
-        });
+        let sets = heads.into_iter().map(|(keys, distances)| Sets::new(shape.n_kv, keys, distances));
         Ok(Self { batch, n_heads, sets: sets.collect(), n_q: shape.n_q, n_kv: shape.n_kv })
     }
 
@@ -70,9 +109,25 @@ impl Lines {
 
     #[inline]
     fn sets(&self, head: Head) -> &Sets {
+        &self.sets[self.list(head)]
+    }
+
+    /// Which of the lists is that of a head.
+    #[inline]
+    pub(super) fn list(&self, head: Head) -> usize {
         let batch = if self.batch == 1 { 0 } else { head.batch };
         let head = if self.n_heads == 1 { 0 } else { head.head };
-        &self.sets[batch * self.n_heads + head]
+        batch * self.n_heads + head
+    }
+
+    /// All lists.
+    pub(super) fn all(&self) -> &[Sets] {
+        &self.sets
+    }
+
+    /// The same with other lists, as many.
+    pub(super) fn with(&self, sets: Vec<Sets>) -> Self {
+        Self { sets, ..*self }
     }
 
     #[inline]
@@ -102,23 +157,16 @@ impl Mask for Lines {
     fn sees(&self, pair: Pair) -> bool {
         let sets = self.sets(Head { batch: pair.batch, head: pair.head });
         let distance = self.position(pair.i) - pair.j as isize;
-        distance >= 0 && (sets.vertical.has(pair.j) || sets.slash.has(distance as usize))
+        let seen =
+            |distance| sets.slash.has(distance) || sets.vertical.has(pair.j) && !sets.apart.has(distance);
+        distance >= 0 && seen(distance as usize)
     }
 
     fn spans(&self, head: Head, rows: Range<usize>, _: usize) -> Vec<Range<usize>> {
-        let last = self.position(rows.end) - 1;
-        if rows.is_empty() || last < 0 {
+        if rows.is_empty() {
             return Vec::new();
         }
-        let (first, end) = (self.position(rows.start), last as usize + 1);
-        let sets = self.sets(head);
-        let keys = sets.keys.iter().map(|run| run.start..run.end.min(end));
-        // Distances `run` of rows at `first..=last`.
-        let slashes = sets.runs.iter().map(|run| {
-            let from = (first + 1 - run.end as isize).max(0) as usize;
-            from..(last + 1 - run.start as isize).max(0) as usize
-        });
-        joined(keys.chain(slashes).filter(|span| span.start < span.end).collect())
+        self.sets(head).spans(self.position(rows.start), self.position(rows.end - 1))
     }
 
     fn cover(&self, head: Head, rows: Range<usize>, keys: Range<usize>) -> Cover {
@@ -130,19 +178,18 @@ impl Mask for Lines {
         let sets = self.sets(head);
         let distances = nearest.max(0) as usize..farthest as usize + 1;
         let all = |runs: &[Range<usize>], wanted: &Range<usize>| {
-            runs.iter().any(|run| run.start <= wanted.start && wanted.end <= run.end)
+            let next = runs.partition_point(|run| run.end <= wanted.start);
+            runs.get(next).is_some_and(|run| run.start <= wanted.start && wanted.end <= run.end)
         };
         let none = |runs: &[Range<usize>], wanted: &Range<usize>| {
             let next = runs.partition_point(|run| run.end <= wanted.start);
             runs.get(next).is_none_or(|run| run.start >= wanted.end)
         };
         if none(&sets.keys, &keys) && none(&sets.runs, &distances) {
-            Cover::Empty
-        } else if nearest >= 0 && (all(&sets.keys, &keys) || all(&sets.runs, &distances)) {
-            Cover::Full
-        } else {
-            Cover::Partial
+            return Cover::Empty;
         }
+        let columns = || all(&sets.keys, &keys) && none(&sets.apart_runs, &distances);
+        if nearest >= 0 && (all(&sets.runs, &distances) || columns()) { Cover::Full } else { Cover::Partial }
     }
 
     fn hide(&self, head: Head, rows: Range<usize>, j: usize, scores: &mut [f32]) {
@@ -150,13 +197,14 @@ impl Mask for Lines {
         let first = self.position(rows.start) - j as isize;
         let before = (-first).clamp(0, rows.len() as isize) as usize;
         scores[..before].fill(f32::NEG_INFINITY);
-        if sets.vertical.has(j) {
+        let is_vertical = sets.vertical.has(j);
+        if is_vertical && sets.apart_runs.is_empty() {
             return;
         }
         // Distances of the rows are consecutive: 32 bits at a time.
         let mut distance = (first + before as isize).max(0) as usize;
         for scores in scores[before..rows.len()].chunks_mut(32) {
-            let bits = sets.slash.word(distance);
+            let bits = if is_vertical { !sets.apart.word(distance) } else { sets.slash.word(distance) };
             if bits != u32::MAX {
                 for (lane, score) in scores.iter_mut().enumerate() {
                     *score = if bits >> lane & 1 == 1 { *score } else { f32::NEG_INFINITY };
@@ -168,14 +216,14 @@ impl Mask for Lines {
 }
 
 /// A set of numbers below a bound.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Bits(Vec<u64>);
 
 impl Bits {
-    fn new(len: usize, members: &[usize]) -> Self {
+    fn new(len: usize, members: impl Iterator<Item = usize>) -> Self {
         // One word more, so that 32 bits can be read from any place.
         let mut words = vec![0; len / 64 + 2];
-        members.iter().for_each(|x| words[x / 64] |= 1 << (x % 64));
+        members.for_each(|x| words[x / 64] |= 1 << (x % 64));
         Self(words)
     }
 

@@ -1,15 +1,14 @@
 //! BigBird and the other layouts of blocks.
 
+use super::super::given::{given_blocks, run_given};
 use super::super::{at_least_1, build};
-use super::given::{GivenBlocks, block_mask, run};
 use super::{length, list};
 use crate::{
-    BigBird, BigBirdLayout, BlockLayout, FixedLayout, GlobalBlocks, LocalLayout, LongformerLayout,
-    VariableLayout,
+    BigBird, BigBirdLayout, BlockLayout, BlockSizes, FixedLayout, GlobalBlocks, LocalLayout,
+    LongformerLayout, VariableLayout,
 };
-use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options, run_qkv};
+use attn_core::registry::{Entry, NamedTensors, OptionSpec, Options};
 use attn_core::{Family, Result};
-use std::sync::Arc;
 
 const BLOCK: OptionSpec = OptionSpec { name: "block", default: "64", help: "positions of a block" };
 const SEED: OptionSpec = OptionSpec { name: "seed", default: "0", help: "what random blocks are drawn with" };
@@ -163,11 +162,10 @@ fn run_layout(
     tensors: &NamedTensors,
     layout: impl BlockLayout,
 ) -> Result<NamedTensors> {
-    let Some(given) = tensors.get("block_mask") else { return run_qkv(entry, options, tensors) };
-    tensors.only(entry.name, &["q", "k", "v", "grad_o", "block_mask"])?;
-    let mask = block_mask(given, &tensors.qkv()?.shape(), layout.block(), layout.causal())?;
-    let decider = GivenBlocks { pattern: layout, mask: Arc::new(mask) };
-    run(&super::super::attention(options, decider)?, tensors)
+    run_given(entry, options, tensors, &["block_mask"], |shape| {
+        let sizes = BlockSizes::square(layout.block());
+        Ok(given_blocks(tensors, "block_mask", shape, sizes, layout.causal())?.into())
+    })
 }
 
 fn checked<L: BlockLayout>(layout: L) -> Result<L> {

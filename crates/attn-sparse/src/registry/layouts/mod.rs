@@ -1,12 +1,12 @@
 //! Layouts: global tokens, strides, blocks, grids.
 
 mod blocks;
-mod given;
 mod grids;
 mod strides;
 mod tokens;
 mod videos;
 
+use super::length;
 use super::named::list;
 use crate::{Parted, PartedAttention};
 use attn_core::registry::{Entry, Options};
@@ -51,12 +51,4 @@ fn lengths<const D: usize>(options: &Options, name: &str, default: usize) -> Res
         return Err(AttnError::value(format!("option `{name}`"), 0, "at least 1"));
     }
     Ok(lengths)
-}
-
-/// A length that has to be positive if it is given.
-fn length(options: &Options, name: &str) -> Result<Option<usize>> {
-    match options.get(name)? {
-        Some(0) => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
-        length => Ok(length),
-    }
 }

@@ -1,9 +1,8 @@
 //! Longformer.
 
-use super::given::{booleans, run};
 use super::{build_parted, list};
 use crate::{GlobalProjections, GlobalTokens, Longformer, PartedAttention, Pattern, ProjectedGrads};
-use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like};
+use attn_core::registry::{Entry, NamedTensor, NamedTensors, OptionSpec, Options, output_like, run_built};
 use attn_core::{AttnError, Family, Qkv, QkvGrads, Result};
 
 /// The second projections, under the names of their tensors.
@@ -52,11 +51,11 @@ fn run_longformer(entry: &Entry, options: &Options, tensors: &NamedTensors) -> R
     if PROJECTED.iter().any(|name| tensors.get(name).is_some()) {
         return run_projected(&longformer, softmax_scale, tensors);
     }
-    run(&PartedAttention::new(longformer).with_scale(softmax_scale), tensors)
+    run_built(&PartedAttention::new(longformer).with_scale(softmax_scale), tensors)
 }
 
 fn global_tokens(tensor: &NamedTensor, n_kv: usize) -> Result<GlobalTokens> {
-    let flags = booleans("global_tokens", tensor)?;
+    let flags = tensor.booleans("global_tokens")?;
     match tensor.shape.as_slice() {
         [_, n] if *n == n_kv => {}
         [_, n] => return Err(AttnError::shape("global_tokens", "n_kv", *n, n_kv)),

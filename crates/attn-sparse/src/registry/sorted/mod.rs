@@ -2,6 +2,7 @@
 
 mod runs;
 
+use super::length;
 use crate::sorted::{Reformer, Routing, Sinkhorn, SinkhornKind};
 use attn_core::registry::{Entry, OptionSpec, Options};
 use attn_core::{AttnError, Family, Result};
@@ -145,15 +146,9 @@ fn reformer(options: &Options) -> Result<Reformer> {
 }
 
 fn routing(options: &Options) -> Result<Routing> {
-    let positive = |name: &str| -> Result<Option<usize>> {
-        match options.get(name)? {
-            Some(0) => Err(AttnError::value(format!("option `{name}`"), 0, "at least 1")),
-            other => Ok(other),
-        }
-    };
     Ok(Routing {
-        num_clusters: positive("num_clusters")?,
-        window: positive("window")?,
+        num_clusters: length(options, "num_clusters")?,
+        window: length(options, "window")?,
         causal: options.get_or("causal", false)?,
         shared_qk: options.get_or("shared_qk", false)?,
         self_logit: options.get_or("self_logit", Routing::default().self_logit)?,
@@ -180,13 +175,9 @@ fn sinkhorn(options: &Options) -> Result<Sinkhorn> {
             return Err(AttnError::value("option `kind`", format!("`{other}`"), "soft, causal or sortcut"));
         }
     };
-    let bucket_size = match options.get("bucket_size")? {
-        Some(0) => return Err(AttnError::value("option `bucket_size`", 0, "at least 1")),
-        size => size,
-    };
     Ok(Sinkhorn {
         kind,
-        bucket_size,
+        bucket_size: length(options, "bucket_size")?,
         n_top: super::at_least_1(options, "n_top", default.n_top)?,
         temperature: options.get_or("temperature", default.temperature)?,
         iterations: super::at_least_1(options, "iterations", default.iterations)?,

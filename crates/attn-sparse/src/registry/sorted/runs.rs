@@ -8,14 +8,13 @@
 //!
 //! Tensors `qk` and `v` may also be `[batch * heads, n, width]`. Where queries are also the keys, `k` may be absent.
 
-use crate::registry::named::integers;
 use crate::sorted::{Hashing, Reformer, Routing, RoutingGrads, RoutingInputs, SinkhornGrads, SinkhornInputs};
 use attn_core::registry::{Entry, NamedTensor, NamedTensors, Options, TensorData, output_like};
 use attn_core::{AttnError, Differentiable, Qkv, QkvGrads, Result};
 
 /// The numbers of a tensor of indices.
 fn indices<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Option<&'a [i32]>> {
-    Ok(integers(tensors, name)?.map(|(_, numbers)| numbers))
+    Ok(tensors.i32(name)?.map(|(_, numbers)| numbers))
 }
 
 fn numbers<'a>(tensors: &'a NamedTensors, name: &str) -> Result<Option<&'a [f32]>> {
