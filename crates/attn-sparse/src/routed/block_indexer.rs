@@ -126,9 +126,9 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     scores.iter().fold(f32::NEG_INFINITY, |max, x| larger(max, *x))
 }
 
-/// Lists as the builder takes them.
-pub(super) fn wide(chosen: &[Vec<u32>]) -> Vec<Vec<usize>> {
-    chosen.iter().map(|list| list.iter().map(|block| *block as usize).collect()).collect()
+/// A list as the builder takes it.
+pub(super) fn wide(list: &[u32]) -> Vec<usize> {
+    list.iter().map(|block| *block as usize).collect()
 }
 
 impl BlockIndexer {
@@ -142,18 +142,16 @@ impl BlockIndexer {
     }
 }
 
-/// Lists of blocks of keys, `[batch, lists, rows]`, seen causally by `lists` groups of query heads.
+/// Lists of blocks of keys, `chosen(i)` the `i`-th of `[batch, lists, rows]`, seen causally by `lists` groups of query heads.
 pub(super) fn blocks(
     shape: &AttnShape,
     block_len: usize,
     lists: usize,
-    chosen: &[Vec<usize>],
+    chosen: impl Fn(usize) -> Vec<usize> + Sync,
 ) -> Result<BlockMask> {
     let causal = Arc::new(Band::causal(shape, Align::BottomRight));
     let builder = Builder::new(shape, BlockSizes { q: 1, kv: block_len }).per_batch().per_head(lists.max(1));
-    builder.inside(causal).from_rows(|batch, list, row| {
-        chosen.get((batch * lists + list) * shape.n_q + row).cloned().unwrap_or_default()
-    })
+    builder.inside(causal).from_rows(|batch, list, row| chosen((batch * lists + list) * shape.n_q + row))
 }
 
 impl Router for BlockIndexer {
@@ -187,7 +185,7 @@ impl Router for BlockIndexer {
         }
         let largest = LargestBlocks { indexer: self, shape };
         let chosen = select_blocks(&queries, |list| &index.heads[list], &largest);
-        blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))
+        blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))
     }
 
     fn entries(&self) -> usize {

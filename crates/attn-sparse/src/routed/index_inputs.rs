@@ -142,6 +142,6 @@ impl BlockIndexer {
         let queries = index_queries(&x.index_q, shape.n_heads_kv, None, false);
         let largest = LargestBlocks { indexer: self, shape };
         let chosen = select_blocks(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
-        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))?))
+        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))?))
     }
 }

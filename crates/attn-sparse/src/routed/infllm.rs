@@ -202,7 +202,7 @@ impl Router for InfLlm {
                 });
             }
         });
-        blocks(shape, self.block_len, s.n_heads_kv, &lists)
+        blocks(shape, self.block_len, s.n_heads_kv, |at| lists[at].clone())
     }
 
     fn entries(&self) -> usize {
