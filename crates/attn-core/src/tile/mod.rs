@@ -5,6 +5,7 @@
 //! | [`product()`] | `C += A B`, `A` read by broadcast with any strides, `B` and `C` row-major |
 //! | [`causal_product`] | two products into the same rows, each row of the second as far as it sees |
 //! | [`Bf16Dot`] | the same product of bf16 pairs, and weights rounded to such pairs, where the CPU has the instruction |
+//! | [`ByteDot`] | a product of bytes in integers, and which of its numbers are large enough |
 //! | [`exp2`] | `2^x` of a vector |
 //! | [`transpose`] | a row-major block into its transpose |
 //! | [`widen`] | bf16, f16 or f32 rows into f32, a number at a time |
@@ -20,6 +21,7 @@
 mod causal;
 mod convert;
 mod dot_bf16;
+mod dot_bytes;
 mod exp;
 mod prefetch;
 mod product;
@@ -29,6 +31,7 @@ mod transpose;
 pub use causal::{CausalProduct, causal_product};
 pub use convert::{Stored, read_rows};
 pub use dot_bf16::{Bf16Dot, Finish, PairLhs, PairRhs, WeightRows};
+pub use dot_bytes::{ByteDot, ByteFactors};
 pub use exp::{exp2, exp2_overflows};
 
 pub use prefetch::{prefetch, prefetch_behind};

@@ -45,6 +45,9 @@ pub fn predict(flops: u64, rate: Rate, policy: &Policy) -> Prediction {
 
 /// Warm-up and timed runs of calls that take `call` seconds each, as [`crate::measure::Times::is_done`] counts them.
 fn point_seconds(call: f64, policy: &Policy) -> f64 {
+    if policy.counts_the_first(Duration::try_from_secs_f64(call).unwrap_or(Duration::MAX)) {
+        return call;
+    }
     let (min, max) = (policy.min_time.as_secs_f64(), policy.max_time.as_secs_f64());
     let enough = (policy.min_runs as f64 * call).max((min / call.max(1e-9)).ceil() * call);
     let cut_off = (max / call.max(1e-9)).ceil() * call;

@@ -1,7 +1,7 @@
 //! Measuring the points of one length side by side.
 //!
 //! Every point has its own process; all are loaded and warmed up first. Then rounds go over them, one call each, until
-//! each point has enough: whatever disturbs the machine for a while disturbs all variants and not one. Nothing else
+//! each point has enough (a call of 20 seconds is not made twice): whatever disturbs the machine for a while disturbs all variants and not one. Nothing else
 //! runs while a call is timed.
 
 use super::case::{Case, ErrorFigures, Measurement, Outcome, Row};
@@ -69,7 +69,10 @@ pub fn measure(points: Vec<Point>, conditions: &Conditions<'_>, observer: &mut d
             let point = &points[at];
             observer.working(&point.case, "warming up");
             match Running::start(point, conditions)? {
-                Ok(warm) => running.push(warm),
+                Ok(mut warm) => match warm.finished(conditions) {
+                    None => running.push(warm),
+                    Some(outcome) => observer.finished(Row { case: point.case.clone(), outcome })?,
+                },
                 Err(outcome) => observer.finished(Row { case: point.case.clone(), outcome })?,
             }
         }
@@ -123,7 +126,12 @@ impl<'a> Running<'a> {
         let rows: Vec<Vec<f64>> = rows.into_iter().map(widen).collect();
         match ErrorFigures::from_finite(&conditions.sample.compare(&rows)?) {
             Some(error) => {
-                Ok(Ok(Self { point, worker, times: Times::new(), warm_seconds, extra_bytes, error }))
+                let mut times = Times::new();
+                let first = Duration::from_secs_f64(warm_seconds.max(0.0));
+                if conditions.policy.counts_the_first(first) {
+                    times.push(first);
+                }
+                Ok(Ok(Self { point, worker, times, warm_seconds, extra_bytes, error }))
             }
             None => stopped(Trouble::Failed("the output holds NaN or infinite numbers".into())),
         }
@@ -137,6 +145,11 @@ impl<'a> Running<'a> {
             Ok(other) => return Some(Outcome::Failed { reason: format!("unexpected answer {other:?}") }),
             Err(trouble) => return Some(stopped(trouble, self.point, patience)),
         }
+        self.finished(conditions)
+    }
+
+    /// The outcome, if the calls so far are enough.
+    fn finished(&mut self, conditions: &Conditions<'_>) -> Option<Outcome> {
         if !self.times.is_done(&conditions.policy) {
             return None;
         }

@@ -41,6 +41,18 @@ impl<'a> HeadRows<'a> {
         }
     }
 
+    /// Every `step`-th row, from the first on.
+    pub(crate) fn every(&self, step: usize) -> Self {
+        fn of<'a, E: Copy>(rows: &Rows<'a, E>, step: usize) -> Rows<'a, E> {
+            Rows::new(rows.data(), rows.len().div_ceil(step), rows.width(), rows.stride() * step)
+        }
+        match self {
+            Self::F32(rows) => Self::F32(of(rows, step)),
+            Self::Bf16(rows) => Self::Bf16(of(rows, step)),
+            Self::F16(rows) => Self::F16(of(rows, step)),
+        }
+    }
+
     /// Row-major copies in `out [range.len(), width]`.
     #[inline(always)]
     pub(crate) fn read<S: Simd>(&self, simd: S, range: Range<usize>, out: &mut [f32]) {

@@ -168,7 +168,7 @@ fn above(score: f32, floor: f32) -> bool {
 /// A key that as many of `keys` reach as `wanted` says, and how many; if there is none for ties, the largest that more reach.
 /// At least as many as wanted are given.
 #[inline(always)]
-fn reached_by<S: Simd>(simd: S, keys: &[u32], wanted: RangeInclusive<usize>) -> (u32, usize) {
+pub(crate) fn reached_by<S: Simd>(simd: S, keys: &[u32], wanted: RangeInclusive<usize>) -> (u32, usize) {
     let (mut low, mut high) = (u32::MAX, 0);
     for key in keys {
         (low, high) = (low.min(*key), high.max(*key));

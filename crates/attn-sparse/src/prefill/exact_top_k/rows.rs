@@ -1,24 +1,21 @@
 //! The best keys of some consecutive queries: scores by tiles of keys, filtered as they come.
 
-use super::approximate::{Keys, Queries};
+use super::approximate::{GROUP, Keys, Queries, Scored};
 use super::candidates::{Candidates, best};
+use super::guess::{Guess, GuessWork};
 use crate::scores::{HeadRows, PANEL};
-use attn_core::simd::{Simd, SimdBase, SimdMask, SimdOp};
+use attn_core::simd::{Simd, SimdOp};
 use std::ops::Range;
 
-/// Queries of a task: four panels share each tile of keys while it is in the first-level cache.
+/// Queries of a task: four panels share each group of keys while it is in the first-level cache.
 pub(super) const BLOCK: usize = 4 * PANEL;
-/// Keys of a tile.
-const TILE: usize = 128;
 
 /// A thread's scratch.
 #[derive(Default)]
 pub(super) struct Workspace {
     panels: Vec<Panel>,
-    /// `[TILE, PANEL]`.
-    scores: Vec<f32>,
-    /// Widened keys.
-    keys: Vec<f32>,
+    scored: Scored,
+    guess: GuessWork,
     /// `[BLOCK, width]`, times the sign of the scale.
     x: Vec<f32>,
 }
@@ -26,6 +23,8 @@ pub(super) struct Workspace {
 /// [`PANEL`] queries and their candidates.
 struct Panel {
     queries: Queries,
+    /// Thresholds that began as a guess.
+    guess: [f32; PANEL],
     /// Scores below are not among the best.
     threshold: [f32; PANEL],
     candidates: Vec<Candidates>,
@@ -41,6 +40,7 @@ struct Panel {
 pub(super) struct TopRows<'a, 'o> {
     pub(super) q: HeadRows<'a>,
     pub(super) keys: &'a Keys<'a>,
+    pub(super) guess: Option<&'a Guess<'a>>,
     /// Query rows, at most [`BLOCK`].
     pub(super) rows: Range<usize>,
     pub(super) causal: bool,
@@ -56,15 +56,14 @@ impl SimdOp for TopRows<'_, '_> {
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Self { q, keys, rows, causal, top_k, sign, workspace, lists } = self;
+        let Self { q, keys, guess, rows, causal, top_k, sign, workspace, lists } = self;
         let (n_kv, width) = (keys.rows.len(), q.width());
-        let Workspace { panels, scores, keys: scratch, x } = workspace;
+        let Workspace { panels, scored, guess: guess_work, x } = workspace;
         x.resize(rows.len() * width, 0.0);
         q.read(simd, rows.clone(), x);
         if sign != 1.0 {
             x.iter_mut().for_each(|x| *x *= sign);
         }
-        scores.resize(TILE * PANEL, 0.0);
         let n_panels = rows.len().div_ceil(PANEL);
         panels.resize_with(n_panels.max(panels.len()), Panel::new);
         let offset = n_kv as isize - q.len() as isize;
@@ -78,20 +77,16 @@ impl SimdOp for TopRows<'_, '_> {
             let position = if causal { first as isize + offset } else { n_kv as isize };
             let x = &x[at * PANEL * width..][..lanes * width];
             panel.start(x, keys, (top_k, lanes), position, end_of(first + lanes - 1));
-        }
-        let most = panels[..n_panels].iter().map(|panel| panel.n_keys).max().unwrap_or(0);
-        // From the last tile to the first: near keys often score highest, and the sooner the thresholds rise, the fewer keys
-        // pass. The choice does not depend on the order.
-        for first in (0..most).step_by(TILE).rev() {
-            let tile = first..(first + TILE).min(most);
-            let lhs = keys.lhs(simd, tile.clone(), scratch);
-            for panel in panels[..n_panels].iter_mut().filter(|panel| panel.n_keys > first) {
-                let tile = first..tile.end.min(panel.n_keys);
-                let scores = &mut scores[..tile.len() * PANEL];
-                keys.score(simd, tile.clone(), lhs, &panel.queries, scores);
-                panel.hide(tile.clone(), scores);
-                panel.filter(simd, tile, scores);
+            if let Some(guess) = guess {
+                let n_keys = end_of(first);
+                let guess = guess.thresholds(simd, &panel.queries, n_keys, scored, guess_work);
+                panel.suppose(&guess);
             }
+        }
+        let panels = &mut panels[..n_panels];
+        while panels.iter().any(|panel| panel.n_keys > 0) {
+            collect(simd, keys, panels, scored);
+            panels.iter_mut().for_each(Panel::take_back);
         }
         let mut key_row = vec![0.0; width];
         for (at, list) in lists.iter_mut().enumerate() {
@@ -106,12 +101,27 @@ impl SimdOp for TopRows<'_, '_> {
                 keys.rows.read(simd, key..key + 1, &mut key_row);
                 dot(x, &key_row)
             };
-            if panel.queries.error[lane].is_finite() {
-                panel.candidates[lane].finish(keys.wild(end), exact, list);
-            } else {
+            if panel.queries.is_wild(lane) {
                 *list = best((0..end as u32).map(|key| (exact(key), key)).collect(), top_k).collect();
                 list.sort_unstable();
+            } else {
+                panel.candidates[lane].finish(simd, keys.wild(end), exact, list);
             }
+        }
+    }
+}
+
+/// Offers all keys to all panels.
+#[inline(always)]
+fn collect<S: Simd>(simd: S, keys: &Keys<'_>, panels: &mut [Panel], scored: &mut Scored) {
+    let most = panels.iter().map(|panel| panel.n_keys).max().unwrap_or(0);
+    // From the last keys to the first: near keys often score highest, and the sooner the thresholds rise, the fewer keys
+    // pass. The choice does not depend on the order.
+    for first in (0..most).step_by(GROUP).rev() {
+        for panel in panels.iter_mut().filter(|panel| panel.n_keys > first) {
+            let group = first..(first + GROUP).min(panel.n_keys);
+            scored.set(simd, keys, group.clone(), &panel.queries, &panel.threshold);
+            panel.collect(simd, keys, group, scored);
         }
     }
 }
@@ -120,6 +130,7 @@ impl Panel {
     fn new() -> Self {
         Self {
             queries: Queries::default(),
+            guess: [f32::MIN; PANEL],
             threshold: [0.0; PANEL],
             candidates: vec![Candidates::default(); PANEL],
             lanes: 0,
@@ -140,41 +151,70 @@ impl Panel {
         (self.lanes, self.position, self.n_keys) = (lanes, position, n_keys);
         self.queries.set(x, keys.rows.width(), keys);
         for (lane, candidates) in self.candidates.iter_mut().enumerate() {
-            let error = self.queries.error[lane];
-            candidates.start(top_k, error);
-            // Below every score but -inf; nothing passes for lanes without a bound or a query, or nobody asks.
-            let takes = lane < lanes && error.is_finite() && top_k > 0;
+            candidates.start(top_k);
+            // Below every score but -inf; nothing passes for lanes without bounds or a query, or nobody asks.
+            let takes = lane < lanes && !self.queries.is_wild(lane) && top_k > 0;
             self.threshold[lane] = if takes { f32::MIN } else { f32::INFINITY };
+        }
+        self.guess = [f32::MIN; PANEL];
+    }
+
+    /// Starts with guessed thresholds.
+    fn suppose(&mut self, guess: &[f32; PANEL]) {
+        for (lane, threshold) in self.threshold.iter_mut().enumerate() {
+            if *threshold == f32::MIN {
+                (*threshold, self.guess[lane]) = (guess[lane], guess[lane]);
+            }
         }
     }
 
-    /// Keys after a query's position score -inf.
-    #[inline(always)]
-    fn hide(&self, tile: Range<usize>, scores: &mut [f32]) {
-        if tile.end as isize - 1 <= self.position {
-            return;
+    /// After all keys were offered: those lanes start again whose guess was wrong, without one; if there are none, no further
+    /// keys are wanted.
+    fn take_back(&mut self) {
+        let mut again = false;
+        for (lane, candidates) in self.candidates.iter_mut().enumerate() {
+            let right = candidates.holds(self.guess[lane]);
+            self.threshold[lane] = if right { f32::INFINITY } else { f32::MIN };
+            if !right {
+                again = true;
+                candidates.restart();
+            }
+            self.guess[lane] = f32::MIN;
         }
-        for (j, row) in tile.zip(scores.chunks_exact_mut(PANEL)) {
-            let hidden = (j as isize - self.position).clamp(0, PANEL as isize) as usize;
-            row[..hidden].fill(f32::NEG_INFINITY);
+        if !again {
+            self.n_keys = 0;
+        }
+    }
+
+    /// Lanes whose query does not see `key`.
+    #[inline(always)]
+    fn hidden(&self, key: usize) -> u32 {
+        match (key as isize - self.position).clamp(0, PANEL as isize) as u32 {
+            n @ 0..32 => (1 << n) - 1,
+            _ => u32::MAX,
         }
     }
 
     /// Collects the keys that reach their lane's threshold.
     #[inline(always)]
-    fn filter<S: Simd>(&mut self, simd: S, tile: Range<usize>, scores: &[f32]) {
-        let step = S::f32s::LEN;
-        for (j, row) in tile.zip(scores.chunks_exact(PANEL)) {
-            let mut reached = 0u64;
-            for first in (0..PANEL).step_by(step) {
-                let score = S::f32s::from_slice(simd, &row[first..first + step]);
-                let threshold = S::f32s::from_slice(simd, &self.threshold[first..first + step]);
-                reached |= score.simd_ge(threshold).to_bitmask() << first;
+    fn collect<S: Simd>(&mut self, simd: S, keys: &Keys<'_>, group: Range<usize>, scored: &Scored) {
+        for (at, key) in group.enumerate() {
+            let mut reached = scored.reached[at];
+            if reached == 0 {
+                continue;
+            }
+            reached &= !self.hidden(key);
+            if keys.is_wild(key) {
+                reached = 0;
             }
             while reached != 0 {
                 let lane = reached.trailing_zeros() as usize;
                 reached &= reached - 1;
-                self.candidates[lane].push(row[lane], j, &mut self.threshold[lane]);
+                let bounds = scored.bounds(keys, at, lane);
+                let threshold = &mut self.threshold[lane];
+                if bounds[1] >= *threshold {
+                    self.candidates[lane].push(simd, bounds, key, threshold);
+                }
             }
         }
     }

@@ -1,8 +1,9 @@
 //! Exact top-k against sorting all scores in f64.
 
+use super::approximate::{GROUP, Queries, Scored};
 use super::*;
 use attn_core::simd::with_isa;
-use attn_core::tile::Bf16Dot;
+use attn_core::tile::ByteDot;
 use attn_core::{TensorView, View};
 
 /// Numbers that repeat, so that scores tie.
@@ -69,7 +70,7 @@ impl Case {
             let want = self.sorted(top, sign);
             for isa in Isa::available() {
                 let mut stages = vec![Stage::F32];
-                stages.extend(Bf16Dot::detect().map(Stage::Bf16));
+                stages.extend(ByteDot::detect().map(Stage::Bytes));
                 for stage in stages {
                     let got = with_isa(isa, || top.lists(&x, stage, sign as f32)).unwrap();
                     assert!(got == want, "{isa} {stage:?} {top:?} {sign} {:?}", self.shape);
@@ -116,6 +117,29 @@ fn a_common_part_of_all_keys_does_not_hide_their_differences() {
     tops().for_each(|top| case.check(top));
 }
 
+/// With so many keys, thresholds begin as a guess.
+#[test]
+fn a_guessed_threshold_changes_nothing() {
+    let shape = AttnShape { n_q: 70, n_kv: 1300, ..AttnShape::square(1, 1, 5) };
+    let many = Case::new(shape, |len, which| many_values(len, [0.37, 0.0173][which]));
+    let few = Case::new(shape, |len, which| few_values(len, which as u32 + 3));
+    // The sample is no sample: it holds the keys of the largest scores, or of the smallest.
+    let odd = [30.0, 0.03].map(|factor| {
+        let mut case = Case::new(shape, |len, which| many_values(len, [0.11, 0.013][which]));
+        case.k.chunks_mut(5 * 8).for_each(|keys| keys[..5].iter_mut().for_each(|k| *k *= factor));
+        case
+    });
+    for case in odd.iter().chain([&many, &few]) {
+        for top_k in [1, 9, 19] {
+            let top = ExactTopK { causal: true, top_k, softmax_scale: None };
+            let view: TensorView<'_> = View::contiguous("k", &case.k, shape.k()).unwrap().into();
+            let keys = Keys::new(Isa::current(), HeadRows::of(&view, 0, 0), Stage::F32);
+            assert!(Guess::new(Isa::current(), &keys, top_k).is_some());
+            case.check(top);
+        }
+    }
+}
+
 #[test]
 fn keys_and_queries_without_bound_are_scored_exactly() {
     for wild in [f32::NAN, f32::INFINITY, -1e30, 3e38] {
@@ -133,47 +157,111 @@ fn keys_and_queries_without_bound_are_scored_exactly() {
 }
 
 #[test]
-fn no_score_is_further_from_the_truth_than_its_error() {
+fn every_score_is_between_its_bounds() {
     let case = Case::new(AttnShape::square(1, 64, 24), |len, which| many_values(len, [0.37, 0.11][which]));
     let view: TensorView<'_> = View::contiguous("k", &case.k, case.shape.k()).unwrap().into();
     for isa in Isa::available() {
-        for stage in [Some(Stage::F32), Bf16Dot::detect().map(Stage::Bf16)].into_iter().flatten() {
+        for stage in [Some(Stage::F32), ByteDot::detect().map(Stage::Bytes)].into_iter().flatten() {
             let keys = Keys::new(isa, HeadRows::of(&view, 0, 0), stage);
-            let mut queries = approximate::Queries::default();
+            let mut queries = Queries::default();
             queries.set(&case.q[..32 * 24], 24, &keys);
-            let mut scores = vec![0.0; 64 * 32];
-            isa.run(Scores { keys: &keys, queries: &queries, scores: &mut scores });
             for lane in 0..32 {
+                let bounds = isa.run(Bounds { keys: &keys, queries: &queries, n_keys: 64, lane });
                 let true_score = |j: usize| -> f64 {
                     let (q, k) = (&case.q[lane * 24..][..24], &case.k[j * 24..][..24]);
                     q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum()
                 };
-                // The common shift is not known: differences have at most twice the error.
-                let error = 2.0 * f64::from(queries.error[lane]);
+                let norm = |row: &[f32]| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                let most = norm(&case.q[lane * 24..][..24]) * case.k.chunks(24).map(norm).fold(0.0, f64::max);
                 for j in 1..64 {
-                    let got = f64::from(scores[j * 32 + lane]) - f64::from(scores[lane]);
+                    // The common shift is not known.
                     let want = true_score(j) - true_score(0);
-                    assert!((got - want).abs() <= error, "{isa} {stage:?}: {got} for {want}, error {error}");
+                    let [lower, upper] = bounds[j].map(f64::from);
+                    let [lower_0, upper_0] = bounds[0].map(f64::from);
+                    let within = lower - upper_0 <= want && want <= upper - lower_0;
+                    assert!(within, "{isa} {stage:?}: {want} in {:?} - {:?}", bounds[j], bounds[0]);
+                    let width = upper - lower;
+                    assert!(
+                        width < 0.05 * most,
+                        "{isa} {stage:?}: bounds {width} apart say nothing of {most}"
+                    );
                 }
-                assert!(error < 2.0, "{isa} {stage:?}: an error of {error} says nothing");
             }
         }
     }
 }
 
-struct Scores<'a> {
+struct Bounds<'a> {
     keys: &'a Keys<'a>,
-    queries: &'a approximate::Queries,
-    scores: &'a mut [f32],
+    queries: &'a Queries,
+    n_keys: usize,
+    lane: usize,
 }
 
-impl attn_core::simd::SimdOp for Scores<'_> {
-    type Output = ();
+impl attn_core::simd::SimdOp for Bounds<'_> {
+    type Output = Vec<[f32; 2]>;
 
     #[inline(always)]
-    fn eval<S: attn_core::simd::Simd>(self, simd: S) {
-        let mut scratch = Vec::new();
-        let lhs = self.keys.lhs(simd, 0..64, &mut scratch);
-        self.keys.score(simd, 0..64, lhs, self.queries, self.scores);
+    fn eval<S: attn_core::simd::Simd>(self, simd: S) -> Self::Output {
+        let mut scored = Scored::default();
+        let mut bounds = Vec::new();
+        for first in (0..self.n_keys).step_by(GROUP) {
+            let range = first..(first + GROUP).min(self.n_keys);
+            scored.set(simd, self.keys, range.clone(), self.queries, &[f32::MIN; 32]);
+            assert!(scored.reached[..range.len()].iter().all(|lanes| *lanes == u32::MAX));
+            bounds.extend((0..range.len()).map(|key| scored.bounds(self.keys, key, self.lane)));
+        }
+        bounds
+    }
+}
+
+/// What reaches a threshold is reported, in every lane: the lane's own threshold is between the scores.
+#[test]
+fn what_reaches_the_threshold_is_reported() {
+    let case = Case::new(AttnShape::square(1, 60, 19), |len, which| many_values(len, [0.23, 0.41][which]));
+    let view: TensorView<'_> = View::contiguous("k", &case.k, case.shape.k()).unwrap().into();
+    for isa in Isa::available() {
+        for stage in [Some(Stage::F32), ByteDot::detect().map(Stage::Bytes)].into_iter().flatten() {
+            let keys = Keys::new(isa, HeadRows::of(&view, 0, 0), stage);
+            let mut queries = Queries::default();
+            queries.set(&case.q[..32 * 19], 19, &keys);
+            let mut missed = 0;
+            for shift in [-30.0f32, -3.0, 0.0, 0.5, 8.0] {
+                let thresholds = std::array::from_fn(|lane| shift + lane as f32 * 0.3);
+                missed += isa.run(Reports { keys: &keys, queries: &queries, n_keys: 60, thresholds });
+            }
+            assert!(missed > 1000, "{isa} {stage:?}: only {missed} of 9600 are left out");
+        }
+    }
+}
+
+struct Reports<'a> {
+    keys: &'a Keys<'a>,
+    queries: &'a Queries,
+    n_keys: usize,
+    thresholds: [f32; 32],
+}
+
+impl attn_core::simd::SimdOp for Reports<'_> {
+    /// Scores that are not reported; all of them are below.
+    type Output = usize;
+
+    #[inline(always)]
+    fn eval<S: attn_core::simd::Simd>(self, simd: S) -> usize {
+        let (mut scored, mut missed) = (Scored::default(), 0);
+        for first in (0..self.n_keys).step_by(GROUP) {
+            let range = first..(first + GROUP).min(self.n_keys);
+            scored.set(simd, self.keys, range.clone(), self.queries, &self.thresholds);
+            for (key, reached) in scored.reached[..range.len()].iter().enumerate() {
+                for (lane, threshold) in self.thresholds.iter().enumerate() {
+                    if reached >> lane & 1 == 0 {
+                        let [_, upper] = scored.bounds(self.keys, key, lane);
+                        assert!(upper < *threshold, "{upper} reaches {threshold}");
+                        missed += 1;
+                    }
+                }
+            }
+        }
+        missed
     }
 }
