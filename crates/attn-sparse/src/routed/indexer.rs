@@ -11,7 +11,7 @@
 //! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
 use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
-use crate::select::largest::nth_largest;
+use crate::select::largest::{NthLargest, nth_largest};
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub(super) struct IndexQueries {
 /// Takes scores row by row: which row, and how many keys it sees.
 pub(super) trait RowSelector: Sync {
     /// What is known of a row so far.
-    type State;
+    type State: Default + Send;
 
     /// Keys that a row sees: the first so many.
     fn visible(&self, row: usize) -> usize;
@@ -58,11 +58,14 @@ pub(super) trait RowSelector: Sync {
         None
     }
 
-    /// Before the first score; `guess` is the one asked for.
-    fn start(&self, row: usize, guess: Option<f32>) -> Self::State;
+    /// Before the first score; `guess` is the one asked for. The state may be that of another row before.
+    fn start(&self, state: &mut Self::State, row: usize, guess: Option<f32>);
 
     /// Scores of the keys from `first` on, all visible; keys come in ascending order.
     fn take<S: Simd>(&self, simd: S, state: &mut Self::State, first: usize, scores: &[f32]);
+
+    /// Takes over what another state of the same row and guess was offered, of later keys.
+    fn merge(&self, state: &mut Self::State, later: &Self::State);
 
     /// What the row takes, ascending; nothing if it was given a guess that was wrong.
     fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State) -> Option<Vec<u32>>;
@@ -87,7 +90,7 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
     if few {
         // The threads share the keys instead.
         for (at, chosen) in tasks {
-            rows(at).by_shares(isa, keys(at / blocks).all(), selector, &mut chosen[0]);
+            chosen[0] = rows(at).by_shares(isa, keys(at / blocks), selector);
         }
     } else {
         // The last rows first: they see the most.
@@ -100,7 +103,14 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
 }
 
 #[derive(Default)]
-struct Scratch {
+struct Scratch<T> {
+    /// Of each row.
+    states: Vec<T>,
+    scores: ScoreScratch,
+}
+
+#[derive(Default)]
+struct ScoreScratch {
     /// `[rows, heads, TILE]`.
     products: Vec<f32>,
     /// `[rows, TILE]`.
@@ -120,12 +130,12 @@ struct Rows<'a> {
 }
 
 /// Some rows against the keys that they see, tile by tile.
-struct ByTiles<'a, K, R> {
+struct ByTiles<'a, K, R: RowSelector> {
     rows: Rows<'a>,
     keys: &'a K,
     selector: &'a R,
     chosen: &'a mut [Vec<u32>],
-    scratch: &'a mut Scratch,
+    scratch: &'a mut Scratch<R::State>,
 }
 
 impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
@@ -146,7 +156,7 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
                     }
                 }
                 let guesses = match keys.sample() {
-                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), scratch),
+                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), &mut scratch.scores),
                     None => vec![None; open.len()],
                 };
                 let wrong = rows.pass(simd, keys.all(), selector, (open.clone(), &guesses), chosen, scratch);
@@ -167,7 +177,7 @@ impl Rows<'_> {
         sample: &KeyPanels<E>,
         selector: &R,
         open: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) -> Vec<Option<f32>> {
         let every = |row: usize| selector.visible(row).div_ceil(SAMPLING);
         let ranks: Vec<_> = open.clone().map(|r| selector.rank_in_sample(self.first + r)).collect();
@@ -182,13 +192,14 @@ impl Rows<'_> {
                 scores[first..end].copy_from_slice(&tile[..end - first]);
             }
         }
-        let mut of_rows = scores.chunks_exact(n_keys.max(1));
-        let guess = |(at, rank): (usize, Option<usize>)| {
-            let scores = of_rows.next()?;
+        // A plain loop: a closure would be compiled without the vectors of `simd`.
+        let mut guesses = vec![None; ranks.len()];
+        for (at, (scores, rank)) in scores.chunks_exact(n_keys.max(1)).zip(ranks).enumerate() {
             let seen = every(self.first + open.start + at).min(n_keys);
-            nth_largest(simd, &scores[..seen], rank?, &mut scratch.keys)
-        };
-        let guesses = ranks.into_iter().enumerate().map(guess).collect();
+            if let Some(rank) = rank {
+                guesses[at] = nth_largest(simd, &scores[..seen], rank, &mut scratch.keys);
+            }
+        }
         scratch.sample = scores;
         guesses
     }
@@ -202,22 +213,25 @@ impl Rows<'_> {
         selector: &R,
         (open, guesses): (Range<usize>, &[Option<f32>]),
         chosen: &mut [Vec<u32>],
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<R::State>,
     ) -> Vec<usize> {
-        let start = |(r, guess): (usize, &Option<f32>)| selector.start(self.first + r, *guess);
-        let mut states: Vec<R::State> = open.clone().zip(guesses).map(start).collect();
+        let Scratch { states, scores: scratch } = scratch;
+        states.resize_with(states.len().max(open.len()), R::State::default);
+        for ((r, guess), state) in open.clone().zip(guesses).zip(&mut *states) {
+            selector.start(state, self.first + r, *guess);
+        }
         let n_keys = open.clone().map(|r| selector.visible(self.first + r)).max().unwrap_or(0);
         for first in (0..n_keys).step_by(TILE) {
             let end = (first + TILE).min(n_keys);
             self.score(simd, keys, open.clone(), first..end, scratch);
             let tiles = scratch.combined.chunks_exact(TILE);
-            for ((r, state), scores) in open.clone().zip(&mut states).zip(tiles) {
+            for ((r, state), scores) in open.clone().zip(&mut *states).zip(tiles) {
                 let seen = selector.visible(self.first + r).min(end).saturating_sub(first);
                 selector.take(simd, state, first, &scores[..seen]);
             }
         }
         let mut wrong = Vec::new();
-        for (r, state) in open.zip(&mut states) {
+        for (r, state) in open.zip(states) {
             match selector.finish(simd, self.first + r, state) {
                 Some(list) => chosen[r] = list,
                 None => wrong.push(r),
@@ -226,23 +240,41 @@ impl Rows<'_> {
         wrong
     }
 
-    /// All scores of one row, shares of the keys in parallel.
-    fn by_shares<E: KeyNumber, R: RowSelector>(
-        &self,
-        isa: Isa,
-        keys: &KeyPanels<E>,
-        selector: &R,
-        chosen: &mut Vec<u32>,
-    ) {
+    /// What one row takes, shares of the keys in parallel.
+    fn by_shares<K: Panels, R: RowSelector>(&self, isa: Isa, keys: &K, selector: &R) -> Vec<u32> {
         if let Some(all) = selector.without_scores(self.first) {
-            *chosen = all;
-            return;
+            return all;
         }
-        let mut scores = vec![0.0; selector.visible(self.first)];
-        for_each_task(scores.chunks_mut(SHARE).enumerate(), Scratch::default, |scratch, (share, scores)| {
-            isa.run(Share { rows: *self, keys, first: share * SHARE, scores, scratch });
+        let n_keys = selector.visible(self.first);
+        let guess = keys.sample().zip(selector.rank_in_sample(self.first)).and_then(|(keys, rank)| {
+            let mut scores = vec![0.0; n_keys.div_ceil(SAMPLING).min(keys.len())];
+            let shares = scores.chunks_mut(SHARE / SAMPLING).enumerate();
+            for_each_task(shares, ScoreScratch::default, |scratch, (share, scores)| {
+                let first = share * (SHARE / SAMPLING);
+                isa.run(ScoreShare { rows: *self, keys, first, scores, scratch });
+            });
+            isa.run(NthLargest { scores: &scores, rank })
         });
-        *chosen = isa.run(TakeAll { selector, row: self.first, scores: &scores });
+        let take = |guess: Option<f32>| {
+            let mut states: Vec<R::State> = Vec::new();
+            states.resize_with(n_keys.div_ceil(SHARE), R::State::default);
+            for_each_task(states.iter_mut().enumerate(), ScoreScratch::default, |scratch, (share, state)| {
+                selector.start(state, self.first, guess);
+                let keys_of = share * SHARE..((share + 1) * SHARE).min(n_keys);
+                isa.run(TakeShare {
+                    rows: *self,
+                    keys: keys.all(),
+                    range: keys_of,
+                    selector,
+                    state,
+                    scratch,
+                });
+            });
+            let (first, others) = states.split_first_mut()?;
+            others.iter().for_each(|later| selector.merge(first, later));
+            isa.run(Finish { selector, row: self.first, state: first })
+        };
+        guess.and_then(|guess| take(Some(guess))).or_else(|| take(None)).unwrap_or_default()
     }
 
     /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
@@ -253,10 +285,10 @@ impl Rows<'_> {
         keys: &KeyPanels<E>,
         open: Range<usize>,
         range: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
-        let Scratch { products, combined, wide, .. } = scratch;
+        let ScoreScratch { products, combined, wide, .. } = scratch;
         let first = self.list * rows + self.first;
         let head_rows = (first + open.start) * heads..(first + open.end) * heads;
         let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
@@ -273,15 +305,15 @@ impl Rows<'_> {
 }
 
 /// A stretch of the scores of one row.
-struct Share<'a, E> {
+struct ScoreShare<'a, E> {
     rows: Rows<'a>,
     keys: &'a KeyPanels<E>,
     first: usize,
     scores: &'a mut [f32],
-    scratch: &'a mut Scratch,
+    scratch: &'a mut ScoreScratch,
 }
 
-impl<E: KeyNumber> SimdOp for Share<'_, E> {
+impl<E: KeyNumber> SimdOp for ScoreShare<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -295,28 +327,51 @@ impl<E: KeyNumber> SimdOp for Share<'_, E> {
     }
 }
 
-/// All scores of one row at once.
-struct TakeAll<'a, R: RowSelector> {
+/// One row takes the scores of a stretch of keys.
+struct TakeShare<'a, E, R: RowSelector> {
+    rows: Rows<'a>,
+    keys: &'a KeyPanels<E>,
+    range: Range<usize>,
     selector: &'a R,
-    row: usize,
-    scores: &'a [f32],
+    state: &'a mut R::State,
+    scratch: &'a mut ScoreScratch,
 }
 
-impl<R: RowSelector> SimdOp for TakeAll<'_, R> {
-    type Output = Vec<u32>;
+impl<E: KeyNumber, R: RowSelector> SimdOp for TakeShare<'_, E, R> {
+    type Output = ();
 
     #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) -> Vec<u32> {
-        let Self { selector, row, scores } = self;
-        let mut state = selector.start(row, None);
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { rows, keys, range, selector, state, scratch } = self;
         simd.vectorize(
             #[inline(always)]
             || {
-                for (tile, scores) in scores.chunks(TILE).enumerate() {
-                    selector.take(simd, &mut state, tile * TILE, scores);
+                for first in range.clone().step_by(TILE) {
+                    let end = (first + TILE).min(range.end);
+                    rows.score(simd, keys, 0..1, first..end, scratch);
+                    selector.take(simd, state, first, &scratch.combined[..end - first]);
                 }
-                selector.finish(simd, row, &mut state).unwrap_or_default()
             },
+        );
+    }
+}
+
+/// What a row takes in the end.
+struct Finish<'a, R: RowSelector> {
+    selector: &'a R,
+    row: usize,
+    state: &'a mut R::State,
+}
+
+impl<R: RowSelector> SimdOp for Finish<'_, R> {
+    type Output = Option<Vec<u32>>;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> Option<Vec<u32>> {
+        let Self { selector, row, state } = self;
+        simd.vectorize(
+            #[inline(always)]
+            || selector.finish(simd, row, state),
         )
     }
 }

@@ -12,6 +12,7 @@
 //! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
 
 mod block_indexer;
+mod block_maxima;
 mod compressed;
 mod decided;
 mod dsa;
@@ -25,6 +26,7 @@ mod infllm;
 mod key_panels;
 mod moba;
 mod nsa;
+mod overlaps;
 mod pages;
 mod router;
 mod rows;
