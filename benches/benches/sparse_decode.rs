@@ -1,19 +1,20 @@
 //! Decoding from a million cached tokens: Quest's choice of pages, DeepSeek sparse attention's choice of tokens, and their
-//! attention, beside exact attention over the same cache in the same run; and a cache that evicts.
+//! attention, and native sparse attention with its three branches, beside exact attention over the same cache in the same run;
+//! and a cache that evicts.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use attn_benches::{Problem, measure};
-use attn_core::{AttnShape, Qkv, StreamShape, Streaming, ViewMut};
+use attn_core::{AttnShape, Qkv, StreamShape, StreamState, Streaming, ViewMut};
 use attn_flash::Flash;
 use attn_flash::engine::Problem as Keys;
 use attn_sparse::{
-    Decided, Decider, Decision, Dsa, EvictionPolicy, KvEviction, Quest, Router, SparseAttention,
+    Decided, Decider, Decision, Dsa, EvictionPolicy, KvEviction, Nsa, Quest, Router, SparseAttention,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn chosen(c: &mut Criterion) {
     let quest = SparseAttention::new(Quest::default());
-    for (head_dim, group) in [(64, 1), (128, 1), (128, 4)] {
+    for (head_dim, group) in [(64, 1), (64, 4), (128, 1), (128, 4)] {
         let n_kv = 1 << 20;
         let shape =
             AttnShape { n_heads_q: group, n_q: 1, n_kv, n_heads_kv: 1, ..AttnShape::square(1, 1, head_dim) };
@@ -45,7 +46,16 @@ fn chosen(c: &mut Criterion) {
             let out = ViewMut::contiguous("out", &mut out, shape.out()).expect("the shape fits");
             attention.attend_decided(&decision, x, out.into(), None).expect("the case is valid");
         });
-        for (what, chosen) in [("quest", pages), ("dsa", tokens)] {
+        let mut stream = Nsa::default().stream(StreamShape::of(&x)).expect("the sizes are served");
+        stream.append_keys(x.k().narrow(0..n_kv - 1), x.v().narrow(0..n_kv - 1)).expect("the rows fit");
+        let last = Qkv::new(*x.q(), x.k().narrow(n_kv - 1..n_kv), x.v().narrow(n_kv - 1..n_kv));
+        let last = last.expect("the rows fit");
+        // Each token makes the cache longer, by next to nothing.
+        let branches = measure(c, &name, "nsa", 0, &mut || {
+            let out = ViewMut::contiguous("out", &mut out, shape.out()).expect("the shape fits");
+            stream.append(last, out.into()).expect("the rows fit");
+        });
+        for (what, chosen) in [("quest", pages), ("dsa", tokens), ("nsa", branches)] {
             if let (Some(exact), Some(chosen)) = (exact, chosen) {
                 let times = exact / chosen;
                 println!("{name}: exact {:.2} ms, {what} {:.2} ms, {times:.1}x", 1e3 * exact, 1e3 * chosen);

@@ -6,6 +6,7 @@ mod bad_input;
 mod cache;
 #[cfg(feature = "candle")]
 mod candle;
+mod cells;
 mod conformance;
 mod decode;
 mod engine;

@@ -236,7 +236,17 @@ impl Builder {
         };
         let (head, rows) = (self.head(batch, list), self.rows_of(block_row));
         let mut row = Row::with_capacity(blocks.len());
-        for block in blocks {
+        // Most often only the last block is partial: one question for all others.
+        let others = match blocks.as_slice() {
+            [first, .., before, _] => first * self.sizes.kv..(before + 1) * self.sizes.kv,
+            _ => 0..0,
+        };
+        let mut full = 0;
+        if !others.is_empty() && inside.cover(head, rows.clone(), others) == Cover::Full {
+            full = blocks.len() - 1;
+            row.extend(blocks[..full].iter().map(|block| (*block as u32, false)));
+        }
+        for &block in &blocks[full..] {
             let first = block * self.sizes.kv;
             let keys = first..(first + self.sizes.kv).min(self.shape.n_kv);
             let cover = match inside.cover(head, rows.clone(), keys.clone()) {

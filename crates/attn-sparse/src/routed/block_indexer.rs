@@ -14,11 +14,12 @@
 //!
 //! Source: the indexer of MiniMax-M3 as in Hugging Face transformers, 2026.
 
+use super::block_maxima::select_blocks;
 use super::index_channels::{IndexKeys, work};
-use super::indexer::{RowSelector, select};
+use super::indexer::RowSelector;
 use super::router::{Router, list_bytes, pairs_up_to, visible};
 use crate::decider::Work;
-use crate::select::top_k_with;
+use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
 use attn_core::mask::{Align, Band};
 use attn_core::simd::{Simd, SimdBase, SimdMask};
@@ -57,8 +58,9 @@ impl RowSelector for LargestBlocks<'_> {
         (blocks <= self.indexer.top_k).then(|| (0..blocks as u32).collect())
     }
 
-    fn start(&self, row: usize, _: Option<f32>) -> Vec<f32> {
-        vec![f32::NEG_INFINITY; self.visible(row).div_ceil(self.indexer.block_len)]
+    fn start(&self, maxima: &mut Vec<f32>, row: usize, _: Option<f32>) {
+        maxima.clear();
+        maxima.resize(self.visible(row).div_ceil(self.indexer.block_len), f32::NEG_INFINITY);
     }
 
     #[inline(always)]
@@ -73,10 +75,29 @@ impl RowSelector for LargestBlocks<'_> {
         }
     }
 
-    fn finish<S: Simd>(&self, _: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
-        let local: Vec<usize> = (0..maxima.len()).rev().take(self.indexer.local_blocks).collect();
-        let chosen = top_k_with(maxima, self.indexer.top_k, &local);
-        Some(chosen.into_iter().map(|block| block as u32).collect())
+    fn merge(&self, maxima: &mut Vec<f32>, later: &Vec<f32>) {
+        maxima.iter_mut().zip(later).for_each(|(max, x)| *max = larger(*max, *x));
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&self, simd: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
+        Some(self.largest(simd, maxima))
+    }
+}
+
+impl LargestBlocks<'_> {
+    /// The local blocks, and the largest of those before them.
+    #[inline(always)]
+    pub(super) fn largest<S: Simd>(&self, simd: S, maxima: &[f32]) -> Vec<u32> {
+        let BlockIndexer { top_k, local_blocks, .. } = *self.indexer;
+        let first_local = maxima.len() - local_blocks.min(maxima.len());
+        let seen = |block: &usize| maxima[*block] > f32::NEG_INFINITY || maxima[*block].is_nan();
+        let local: Vec<usize> = (first_local..maxima.len()).rev().filter(seen).take(top_k).collect();
+        let mut largest = Largest::new(top_k - local.len(), None);
+        largest.take(simd, 0, &maxima[..first_local]);
+        let mut chosen = largest.finish(simd).unwrap_or_default();
+        chosen.extend(local.into_iter().rev().map(|block| block as u32));
+        chosen
     }
 }
 
@@ -105,9 +126,9 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     scores.iter().fold(f32::NEG_INFINITY, |max, x| larger(max, *x))
 }
 
-/// Lists as the builder takes them.
-pub(super) fn wide(chosen: &[Vec<u32>]) -> Vec<Vec<usize>> {
-    chosen.iter().map(|list| list.iter().map(|block| *block as usize).collect()).collect()
+/// A list as the builder takes it.
+pub(super) fn wide(list: &[u32]) -> Vec<usize> {
+    list.iter().map(|block| *block as usize).collect()
 }
 
 impl BlockIndexer {
@@ -121,18 +142,16 @@ impl BlockIndexer {
     }
 }
 
-/// Lists of blocks of keys, `[batch, lists, rows]`, seen causally by `lists` groups of query heads.
+/// Lists of blocks of keys, `chosen(i)` the `i`-th of `[batch, lists, rows]`, seen causally by `lists` groups of query heads.
 pub(super) fn blocks(
     shape: &AttnShape,
     block_len: usize,
     lists: usize,
-    chosen: &[Vec<usize>],
+    chosen: impl Fn(usize) -> Vec<usize> + Sync,
 ) -> Result<BlockMask> {
     let causal = Arc::new(Band::causal(shape, Align::BottomRight));
     let builder = Builder::new(shape, BlockSizes { q: 1, kv: block_len }).per_batch().per_head(lists.max(1));
-    builder.inside(causal).from_rows(|batch, list, row| {
-        chosen.get((batch * lists + list) * shape.n_q + row).cloned().unwrap_or_default()
-    })
+    builder.inside(causal).from_rows(|batch, list, row| chosen((batch * lists + list) * shape.n_q + row))
 }
 
 impl Router for BlockIndexer {
@@ -155,15 +174,18 @@ impl Router for BlockIndexer {
 
     fn choose(&self, index: &IndexKeys, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask> {
         let mut queries = index.queries_of_groups(q, shape, false);
-        // The sum over a group chooses as its mean does.
         let (group, width) = (queries.heads, queries.width);
-        let summed = queries
-            .data
-            .chunks_exact(group * width)
-            .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
-        (queries.data, queries.heads) = (summed.collect(), 1);
-        let chosen = select(&queries, |list| &index.heads[list], &LargestBlocks { indexer: self, shape });
-        blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))
+        if group > 1 {
+            // The sum over a group chooses as its mean does.
+            let summed = queries
+                .data
+                .chunks_exact(group * width)
+                .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
+            (queries.data, queries.heads) = (summed.collect(), 1);
+        }
+        let largest = LargestBlocks { indexer: self, shape };
+        let chosen = select_blocks(&queries, |list| &index.heads[list], &largest);
+        blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))
     }
 
     fn entries(&self) -> usize {

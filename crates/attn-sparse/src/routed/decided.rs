@@ -53,5 +53,5 @@ pub(crate) fn given_lists(
     if chosen.len() != expected {
         return Err(AttnError::shape("chosen", "rows", chosen.len(), expected));
     }
-    Ok(Decision::by_lists(super::block_indexer::blocks(shape, block_len, lists, chosen)?))
+    Ok(Decision::by_lists(super::block_indexer::blocks(shape, block_len, lists, |at| chosen[at].clone())?))
 }

@@ -68,13 +68,17 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
         (self.visible(row) > 4 * self.top_k).then(|| (share + 3.0 * share.sqrt() + 1.0).ceil() as usize)
     }
 
-    fn start(&self, _: usize, guess: Option<f32>) -> Largest {
-        Largest::new(self.top_k, guess)
+    fn start(&self, largest: &mut Largest, _: usize, guess: Option<f32>) {
+        largest.start(self.top_k, guess);
     }
 
     #[inline(always)]
     fn take<S: Simd>(&self, simd: S, largest: &mut Largest, first: usize, scores: &[f32]) {
         largest.take(simd, first, scores);
+    }
+
+    fn merge(&self, largest: &mut Largest, later: &Largest) {
+        largest.append(later);
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! Indexers with given index queries, keys and weights.
 
 use super::block_indexer::{BlockIndexer, LargestBlocks, blocks, wide};
+use super::block_maxima::select_blocks;
 use super::dsa::{Dsa, LargestTokens, tokens};
 use super::indexer::{IndexQueries, select};
 use super::key_panels::{Panels, SampledPanels};
@@ -140,7 +141,7 @@ impl BlockIndexer {
     ) -> Result<Decision> {
         let queries = index_queries(&x.index_q, shape.n_heads_kv, None, false);
         let largest = LargestBlocks { indexer: self, shape };
-        let chosen = select(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
-        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, &wide(&chosen))?))
+        let chosen = select_blocks(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
+        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))?))
     }
 }

@@ -88,7 +88,8 @@ impl Dsa {
             IndexTarget::Visible => None,
             IndexTarget::Selected => {
                 let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(&s, row) };
-                Some(wide(&select(&queries, |list| &index_keys[list], &largest)))
+                let chosen = select(&queries, |list| &index_keys[list], &largest);
+                Some(chosen.iter().map(|list| wide(list)).collect())
             }
         };
         let mut q = heads_f32(x.q(), 0..s.n_q);

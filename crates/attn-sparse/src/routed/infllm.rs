@@ -19,12 +19,13 @@
 use super::block_indexer::blocks;
 use super::ended::{Ended, n_ended};
 use super::key_panels::{KeyPanels, PANEL};
-use super::nsa::{Segment, Weigh, group_probabilities};
+use super::nsa::{GroupProbabilities, Segment, Weigh};
+use super::overlaps::{OfBlocks, Overlaps, RowScores};
 use super::router::{Router, causal_pairs, list_bytes, pairs_up_to, visible};
 use super::rows::rows_f32;
 use crate::BlockMask;
 use crate::decider::Work;
-use crate::select::largest::{Largest, LargestOf};
+use crate::select::largest::LargestOf;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView, softmax_scale_or_default};
@@ -78,13 +79,6 @@ pub struct KeyMeans {
     len: usize,
 }
 
-/// A thread's scratch: importances of a row, and the largest of them.
-#[derive(Default)]
-struct Scratch {
-    scores: Vec<f32>,
-    largest: Largest,
-}
-
 impl InfLlm {
     /// The blocks that take slots first; `own` is the last one.
     fn forced(&self, own: usize) -> Vec<usize> {
@@ -105,24 +99,17 @@ impl InfLlm {
         (n <= self.dense_len || blocks <= self.top_k).then(|| (0..blocks).collect())
     }
 
-    /// The forced blocks and the most important others of a row that sees `n` keys.
-    fn chosen(&self, n: usize, shares: &[f32], scratch: &mut Scratch) -> Vec<usize> {
+    /// The forced blocks and the most important others of a row that sees `n` keys; `scratch.x` are the shares of the means.
+    fn chosen(&self, n: usize, scratch: &mut RowScores) -> Vec<usize> {
         let own = (n - 1) / self.block_len;
         let mut taken = self.forced(own);
         // Between the first blocks and the local ones.
         let open = self.init_blocks..own.min((own + 1).saturating_sub(self.local_blocks));
-        let importance = |block: usize| {
-            let (start, end) = (block * self.block_len, (block + 1) * self.block_len);
-            let first =
-                if start < self.mean_len { 0 } else { (start - self.mean_len) / self.mean_stride + 1 };
-            let last = end.div_ceil(self.mean_stride).min(shares.len());
-            let overlapping = shares.get(first..last).unwrap_or_default();
-            // NaN stays.
-            overlapping.iter().fold(0.0, |most: f32, x| if *x > most || x.is_nan() { *x } else { most })
-        };
-        scratch.scores.clear();
-        scratch.scores.extend(open.clone().map(importance));
-        let (scores, largest) = (&scratch.scores, &mut scratch.largest);
+        let overlaps = Overlaps { len: self.mean_len, stride: self.mean_stride, block: self.block_len };
+        let RowScores { x, blocks: scores, places, largest } = scratch;
+        // NaN stays.
+        let add = |most: f32, x: f32, _: f32| if x > most || x.is_nan() { x } else { most };
+        Isa::current().run(OfBlocks { overlaps, x, blocks: open.clone(), add, scores, places });
         let best = Isa::current().run(LargestOf { scores, k: self.top_k - taken.len(), largest });
         taken.extend(best.into_iter().map(|block| open.start + block as usize));
         taken.sort_unstable();
@@ -186,7 +173,7 @@ impl Router for InfLlm {
         let tasks = lists.chunks_mut(s.n_q.max(1)).enumerate().flat_map(|(head, lists)| {
             lists.chunks_mut(len).enumerate().map(move |(block, lists)| (head, block * len, lists))
         });
-        for_each_task(tasks, <(Segment, Scratch)>::default, |(segment, scratch), (head, first, lists)| {
+        for_each_task(tasks, <(Segment, RowScores)>::default, |(segment, scratch), (head, first, lists)| {
             let (batch, kv_head) = (head / s.n_heads_kv, head % s.n_heads_kv);
             let last = visible(&s, first + lists.len() - 1);
             if self.all_blocks(last).is_none() {
@@ -209,13 +196,13 @@ impl Router for InfLlm {
                 let n = visible(&s, first + row);
                 *list = self.all_blocks(n).unwrap_or_else(|| {
                     let segments = std::slice::from_ref(&*segment);
-                    let shares =
-                        group_probabilities(segments, row * group, group, ended.visible(first + row));
-                    self.chosen(n, &shares, scratch)
+                    let (rows, n_seen) = (row * group..(row + 1) * group, ended.visible(first + row));
+                    isa.run(GroupProbabilities { segments, rows, n: n_seen, shares: &mut scratch.x });
+                    self.chosen(n, scratch)
                 });
             }
         });
-        blocks(shape, self.block_len, s.n_heads_kv, &lists)
+        blocks(shape, self.block_len, s.n_heads_kv, |at| lists[at].clone())
     }
 
     fn entries(&self) -> usize {

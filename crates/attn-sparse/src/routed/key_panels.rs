@@ -6,7 +6,7 @@
 
 use attn_core::Element;
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, Stored, TileMut, product, read_rows};
+use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, Stored, TileMut, product, read_rows};
 use attn_core::view::Rows;
 use std::ops::Range;
 
@@ -56,6 +56,20 @@ impl<E: Element> KeyPanels<E> {
     /// Bytes of memory held.
     pub(super) fn bytes(&self) -> usize {
         self.data.capacity() * size_of::<E>()
+    }
+}
+
+impl<E: KeyNumber> KeyPanels<E> {
+    /// A panel, `[width, PANEL]`; `wide` is scratch.
+    #[inline(always)]
+    pub(super) fn panel<'s, S: Simd>(&'s self, simd: S, panel: usize, wide: &'s mut Vec<f32>) -> &'s [f32] {
+        let stored = &self.data[panel * self.width * PANEL..][..self.width * PANEL];
+        if let Some(numbers) = E::as_f32(stored) {
+            return numbers;
+        }
+        wide.resize(self.width * PANEL, 0.0);
+        read_rows(simd, Rows::new(stored, self.width, PANEL, PANEL), wide);
+        wide
     }
 }
 
@@ -147,18 +161,18 @@ impl<E: KeyNumber> SimdOp for ScoreRows<'_, E> {
         let rows = self.q.len().checked_div(width).unwrap_or(0);
         for (at, panel) in self.panels.enumerate() {
             let stored = &self.keys.data[panel * width * PANEL..][..width * PANEL];
-            let b = match E::as_f32(stored) {
-                Some(numbers) => numbers,
-                None if rows == 1 => {
-                    score_one(simd, self.q, stored, &mut self.scores[at * PANEL..][..PANEL]);
-                    continue;
+            let are_few = rows == 1 || S::f32s::LEN == MAX_LANES && (1..=4).contains(&rows);
+            if are_few && E::as_f32(stored).is_none() {
+                let scores = &mut self.scores[at * PANEL..];
+                match rows {
+                    1 => score_few::<S, E, 1>(simd, self.q, stored, scores, self.stride),
+                    2 => score_few::<S, E, 2>(simd, self.q, stored, scores, self.stride),
+                    3 => score_few::<S, E, 3>(simd, self.q, stored, scores, self.stride),
+                    _ => score_few::<S, E, 4>(simd, self.q, stored, scores, self.stride),
                 }
-                None => {
-                    self.wide.resize(width * PANEL, 0.0);
-                    read_rows(simd, Rows::new(stored, width, PANEL, PANEL), self.wide);
-                    &*self.wide
-                }
-            };
+                continue;
+            }
+            let b = self.keys.panel(simd, panel, self.wide);
             let a = Lhs { data: self.q, row_stride: width, col_stride: 1 };
             let c = TileMut { data: &mut self.scores[at * PANEL..], stride: self.stride };
             product(simd, [rows, PANEL, width], a, Rhs { data: b, stride: PANEL }, c, Start::Zero);
@@ -166,21 +180,35 @@ impl<E: KeyNumber> SimdOp for ScoreRows<'_, E> {
     }
 }
 
-/// The scores of one row and a panel, `[width, PANEL]`, whose numbers are widened in registers: the sums of `product`, number for
-/// number.
+/// The scores of `ROWS` rows and a panel, `[width, PANEL]`, whose numbers are widened in registers: the sums of `product`, number
+/// for number.
+// Indexed by constants once unrolled: then the sums stay in registers.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
-fn score_one<S: Simd, E: Stored>(simd: S, q: &[f32], panel: &[E], scores: &mut [f32]) {
-    let (lanes, step) = (S::f32s::LEN, 4 * S::f32s::LEN);
-    for (first, scores) in (0..PANEL).step_by(step).zip(scores.chunks_exact_mut(step)) {
-        let mut sums = [S::f32s::splat(simd, 0.0); 4];
-        for (q, keys) in q.iter().zip(panel.chunks_exact(PANEL)) {
-            let (q, four) = (S::f32s::splat(simd, *q), E::load4(simd, &keys[first..first + step]));
-            for (sum, keys) in sums.iter_mut().zip(&four) {
-                *sum = q.mul_add(*keys, *sum);
+fn score_few<S: Simd, E: Stored, const ROWS: usize>(
+    simd: S,
+    q: &[f32],
+    panel: &[E],
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let (lanes, step, width) = (S::f32s::LEN, 4 * S::f32s::LEN, panel.len() / PANEL);
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &q[row * width..][..width]);
+    for first in (0..PANEL).step_by(step) {
+        let mut sums = [[S::f32s::splat(simd, 0.0); 4]; ROWS];
+        for (c, keys) in panel.chunks_exact(PANEL).enumerate() {
+            let four = E::load4(simd, &keys[first..first + step]);
+            for row in 0..ROWS {
+                let q = S::f32s::splat(simd, rows[row][c]);
+                for v in 0..4 {
+                    sums[row][v] = q.mul_add(four[v], sums[row][v]);
+                }
             }
         }
-        for (sum, scores) in sums.iter().zip(scores.chunks_exact_mut(lanes)) {
-            sum.store_slice(scores);
+        for row in 0..ROWS {
+            for v in 0..4 {
+                sums[row][v].store_slice(&mut scores[row * stride + first + v * lanes..][..lanes]);
+            }
         }
     }
 }
@@ -191,14 +219,14 @@ mod tests {
     use attn_core::simd::Isa;
     use half::bf16;
 
-    /// A row scored alone has the bits that it has among others.
+    /// A row scored alone, or among few, has the bits that it has among many.
     #[test]
-    fn one_row_is_scored_as_many_are() {
+    fn few_rows_are_scored_as_many_are() {
         let number = |x: usize| ((x * 7919 % 1013) as f32 - 500.0) * 0.013;
         for (width, n) in [(1, 5), (7, 64), (16, 130)] {
             let mut keys = KeyPanels::<bf16>::new(width);
             (0..n).for_each(|key| keys.push((0..width).map(|c| number(key * width + c))));
-            let q: Vec<f32> = (0..3 * width).map(|x| number(x + 17)).collect();
+            let q: Vec<f32> = (0..7 * width).map(|x| number(x + 17)).collect();
             let (panels, stride) = (0..n.div_ceil(PANEL), n.next_multiple_of(PANEL));
             for isa in Isa::available() {
                 let run = |q: &[f32]| {
@@ -208,8 +236,11 @@ mod tests {
                     scores
                 };
                 let all = run(&q);
-                for (row, q) in q.chunks_exact(width).enumerate() {
-                    assert_eq!(run(q), all[row * stride..][..stride], "{isa} {width} {n}");
+                for few in 1..=4 {
+                    for (at, q) in q.chunks(few * width).enumerate() {
+                        let want = &all[at * few * stride..][..q.len() / width * stride];
+                        assert_eq!(run(q), want, "{isa} {width} {n} {few}");
+                    }
                 }
             }
         }

@@ -13,6 +13,7 @@
 //! compressed blocks, and adds them to two other branches; [`CompressedAttention`] attends entries that stand for many tokens.
 
 mod block_indexer;
+mod block_maxima;
 mod compressed;
 mod decided;
 mod dsa;
@@ -27,6 +28,7 @@ mod key_panels;
 mod magic_pig;
 mod moba;
 mod nsa;
+mod overlaps;
 mod pages;
 mod router;
 mod rows;

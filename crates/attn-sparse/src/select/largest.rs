@@ -88,7 +88,7 @@ impl Largest {
         }
     }
 
-    /// Takes over what another one was offered, of higher indices; neither of them with a guess.
+    /// Takes over what another one was offered, of higher indices; both with the same guess or none.
     pub(crate) fn append(&mut self, other: &Self) {
         self.scores.truncate(self.len);
         self.indices.truncate(self.len);
@@ -173,13 +173,20 @@ pub(crate) fn reached_by<S: Simd>(simd: S, keys: &[u32], wanted: RangeInclusive<
     for key in keys {
         (low, high) = (low.min(*key), high.max(*key));
     }
-    // `n` reach `low`; fewer than wanted reach what lies above `high`.
-    let mut n = keys.len();
+    // `n` reach `low`; only `above`, fewer than wanted, reach what lies above `high`.
+    let (mut n, mut above, target) = (keys.len(), 0, *wanted.start());
+    let mut evenly = true;
     while low < high && !wanted.contains(&n) {
-        let middle = low + (high - low) / 2 + 1;
-        match n_reaching(simd, keys, middle) {
-            enough if enough >= *wanted.start() => (low, n) = (middle, enough),
-            _ => high = middle - 1,
+        // By turns: where it would be if keys were spread evenly, and the middle.
+        let step = match evenly {
+            true => (f64::from(high - low) * (n - target) as f64 / (n - above) as f64) as u32,
+            false => (high - low) / 2,
+        };
+        evenly = !evenly;
+        let key = low + 1 + step.min(high - low - 1);
+        match n_reaching(simd, keys, key) {
+            enough if enough >= target => (low, n) = (key, enough),
+            fewer => (high, above) = (key - 1, fewer),
         }
     }
     (low, n)
@@ -188,16 +195,11 @@ pub(crate) fn reached_by<S: Simd>(simd: S, keys: &[u32], wanted: RangeInclusive<
 /// How many keys are `least` or more.
 #[inline(always)]
 fn n_reaching<S: Simd>(simd: S, keys: &[u32], least: u32) -> usize {
-    let (bound, vectors) = (S::u32s::splat(simd, least), keys.chunks_exact(S::u32s::LEN));
-    let (mut n, rest) = (0, vectors.remainder());
-    // Plain loops: in closures the comparison would be called, not inlined.
-    for vector in vectors {
-        n += S::u32s::from_slice(simd, vector).simd_ge(bound).to_bitmask().count_ones();
-    }
-    for key in rest {
-        n += u32::from(*key >= least);
-    }
-    n as usize
+    // With the compiler's own vectors.
+    simd.vectorize(
+        #[inline(always)]
+        || keys.iter().map(|key| u32::from(*key >= least)).sum::<u32>() as usize,
+    )
 }
 
 /// A score that about `rank` of `scores` reach, at least; nothing if they are fewer. `keys` is scratch.
@@ -210,6 +212,24 @@ pub(crate) fn nth_largest<S: Simd>(simd: S, scores: &[f32], rank: usize, keys: &
     keys.extend(scores.iter().map(|score| ordered(*score)));
     let (key, _) = reached_by(simd, keys, rank..=rank + rank / 16);
     Some(score_reached(key))
+}
+
+/// [`nth_largest`] of all these scores.
+pub(crate) struct NthLargest<'a> {
+    pub(crate) scores: &'a [f32],
+    pub(crate) rank: usize,
+}
+
+impl SimdOp for NthLargest<'_> {
+    type Output = Option<f32>;
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> Option<f32> {
+        simd.vectorize(
+            #[inline(always)]
+            || nth_largest(simd, self.scores, self.rank, &mut Vec::new()),
+        )
+    }
 }
 
 /// The score of a key; infinity for that of NaN.

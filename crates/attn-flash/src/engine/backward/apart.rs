@@ -40,7 +40,7 @@ const SHARES: usize = 32;
 const SHARE: usize = 128;
 
 /// Cuts the length axis of each sequence.
-fn cut(
+pub(super) fn cut(
     sequences: impl Iterator<Item = Range<usize>>,
     size: impl Fn(usize) -> usize,
 ) -> Vec<Vec<Range<usize>>> {
@@ -153,7 +153,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
     }
 }
 
-fn store(out: &mut OutRows<'_>, rows: &[f32], width: usize) {
+pub(super) fn store(out: &mut OutRows<'_>, rows: &[f32], width: usize) {
     rows.chunks_exact(width.max(1)).enumerate().for_each(|(i, row)| out.store(i, row.iter().copied()));
 }
 

@@ -23,6 +23,7 @@
 mod apart;
 mod bias;
 mod blocks;
+mod cells;
 mod delta;
 mod meeting;
 mod queries;
@@ -282,7 +283,10 @@ fn run<M: Mask + ?Sized, C: ScoreMod + ?Sized>(
     let n_sums = if pass.sum_keys { shape.batch * shape.n_heads_kv * shape.n_kv } else { 0 };
     let mut key_sums = vec![0.0; n_sums];
     if spec.tiles.is_some_and(|tiles| tiles.are_rows_apart()) && few::serves(spec) {
-        pass.run_apart(rows, [q, k, v], &mut key_sums);
+        match pass.by_cells() {
+            Some(cells) => pass.run_by_cells(&cells, rows, [q, k, v], &mut key_sums),
+            None => pass.run_apart(rows, [q, k, v], &mut key_sums),
+        }
         return sum_key_bias(&shape, key_bias, &key_sums);
     }
     let whole = Whole { q, k, v, lse: rows.lse, delta: rows.delta, key_sums: &mut key_sums };

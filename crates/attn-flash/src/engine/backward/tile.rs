@@ -304,7 +304,7 @@ impl<M: Mask + ?Sized, C: ScoreMod + ?Sized> Pass<'_, M, C> {
 
 /// `S^T = K Q^T` with `size = [keys, lanes, width]`: scores, or what replaces them for values.
 #[inline(always)]
-fn score<S: Simd>(simd: S, size: [usize; 3], keys: Wide<'_>, lanes: &[f32], tile: &mut [f32]) {
+pub(super) fn score<S: Simd>(simd: S, size: [usize; 3], keys: Wide<'_>, lanes: &[f32], tile: &mut [f32]) {
     let a = Lhs { data: keys.data, row_stride: keys.stride, col_stride: 1 };
     let c = TileMut { data: tile, stride: LANES };
     product(simd, size, a, Rhs { data: lanes, stride: LANES }, c, Start::Zero);
@@ -313,7 +313,7 @@ fn score<S: Simd>(simd: S, size: [usize; 3], keys: Wide<'_>, lanes: &[f32], tile
 /// `C += A B` where some rows of B are NaN or infinite: they reach only rows of C whose number in A is not 0.
 #[cold]
 #[inline(never)]
-fn add_poisoned<S: Simd>(
+pub(super) fn add_poisoned<S: Simd>(
     simd: S,
     [m, n, depth]: [usize; 3],
     a: Lhs<'_>,

@@ -12,16 +12,16 @@ const LEAST: usize = 32;
 
 /// A row that lists some keys of a cell.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Entry {
+pub(in crate::engine) struct Entry {
     /// Row and head of the batch: `row * heads + head`.
-    pub(super) lane: u32,
+    pub(in crate::engine) lane: u32,
     first: u32,
     len: u32,
 }
 
 /// The lists of a batch of rows, in the order of cells, within a cell in that of the rows.
 #[derive(Default)]
-pub(super) struct Lists {
+pub(in crate::engine) struct Lists {
     /// Ranges of keys, each within a cell.
     ranges: Vec<(u32, u32)>,
     /// In the order of rows, each with its cell.
@@ -41,11 +41,35 @@ impl Lists {
         n_kv: usize,
         cell: usize,
     ) -> Range<usize> {
+        let most = RANGES.max(RANGES_A_CELL * n_kv.div_ceil(cell));
+        self.take_up_to(most, mask, (sequence, heads), rows, n_kv, cell)
+    }
+
+    /// Takes the lists of all these rows.
+    pub(in crate::engine) fn take_all(
+        &mut self,
+        mask: &dyn Mask,
+        of: (usize, Range<usize>),
+        rows: Range<usize>,
+        n_kv: usize,
+        cell: usize,
+    ) {
+        self.take_up_to(usize::MAX, mask, of, rows, n_kv, cell);
+    }
+
+    fn take_up_to(
+        &mut self,
+        most: usize,
+        mask: &dyn Mask,
+        (sequence, heads): (usize, Range<usize>),
+        rows: Range<usize>,
+        n_kv: usize,
+        cell: usize,
+    ) -> Range<usize> {
         self.ranges.clear();
         self.unsorted.clear();
         let shared = mask.is_shared_by(sequence, heads.clone());
         let n_cells = n_kv.div_ceil(cell);
-        let most = RANGES.max(RANGES_A_CELL * n_cells);
         let mut end = rows.start;
         for row in rows.clone() {
             if self.ranges.len() >= most && (end - rows.start) * heads.len() >= LEAST {
@@ -141,8 +165,28 @@ impl Lists {
         cells.filter(|(_, entries)| !entries.is_empty())
     }
 
+    /// Where the entries of a cell begin among all of them; those of the cell before it end there.
+    pub(in crate::engine) fn place_of(&self, cell: usize) -> usize {
+        self.starts[cell] as usize
+    }
+
+    /// Entries by their places.
+    pub(in crate::engine) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// The lanes that list something, ascending, each with the place of its entry for one cell after another.
+    pub(in crate::engine) fn places(&self) -> impl Iterator<Item = (usize, usize)> {
+        let mut next = self.starts.clone();
+        self.unsorted.iter().map(move |(cell, entry)| {
+            let place = &mut next[*cell as usize];
+            *place += 1;
+            (entry.lane as usize, *place as usize - 1)
+        })
+    }
+
     /// What an entry lists, ascending.
-    pub(super) fn ranges(&self, entry: &Entry) -> &[(u32, u32)] {
+    pub(in crate::engine) fn ranges(&self, entry: &Entry) -> &[(u32, u32)] {
         &self.ranges[entry.first as usize..][..entry.len as usize]
     }
 }

@@ -32,7 +32,7 @@ use attn_core::AttnShape;
 use attn_core::mask::Mask;
 use attn_core::score::ScoreMod;
 use attn_core::simd::{Simd, SimdOp};
-use lists::Lists;
+pub(super) use lists::{Entry, Lists};
 use states::States;
 use tile::{Cell, Panel, WideCell};
 
@@ -67,16 +67,21 @@ impl Plan {
         tiles: TileSizes,
     ) -> Option<Self> {
         let group = shape.group_size().max(1);
-        let is_plain = spec.score_mod.is_identity() && spec.dropout.is_none() && spec.qk_norm.is_none();
-        let block = tiles.block_of_lists()?;
-        if !is_plain || are_few(shape) {
-            return None;
-        }
-        let cell = cell_of(block);
+        let cell = cell_of(block_served(shape, spec, tiles)?);
         let rows =
             (shape.rows() / (TASKS * rayon::current_num_threads())).max(ROWS_A_CELL * shape.n_kv / cell);
         Some(Self { cell, tiles: tiles.with_block_q((rows.clamp(ROWS[0], ROWS[1]) / group).max(1)) })
     }
+}
+
+/// The block of the lists of a problem that is executed by cells.
+pub(super) fn block_served<M: ?Sized, C: ScoreMod + ?Sized>(
+    shape: &AttnShape,
+    spec: &Spec<'_, M, C>,
+    tiles: TileSizes,
+) -> Option<usize> {
+    let is_plain = spec.score_mod.is_identity() && spec.dropout.is_none() && spec.qk_norm.is_none();
+    tiles.block_of_lists().filter(|_| is_plain && !are_few(shape))
 }
 
 /// Whether the rows that share keys are so few that they are attended one by one.
@@ -84,11 +89,16 @@ pub(super) fn are_few(shape: &AttnShape) -> bool {
     shape.n_q * shape.group_size() < MANY
 }
 
+/// Whether lists of blocks of `block` keys are lists of tokens: those of a cell lie apart.
+pub(super) fn are_tokens(block: usize) -> bool {
+    block < 8
+}
+
 /// Keys of a cell for lists of blocks of `block` keys: a whole part of the block, so that cells are listed as a whole.
-fn cell_of(block: usize) -> usize {
+pub(super) fn cell_of(block: usize) -> usize {
     match block {
-        ..8 => TOKENS,
-        8..=BLOCK => block,
+        _ if are_tokens(block) => TOKENS,
+        ..=BLOCK => block,
         _ => {
             let parts = block.div_ceil(BLOCK)..=block / 32;
             parts.into_iter().find(|n| block.is_multiple_of(*n)).map_or(BLOCK, |n| block / n)

@@ -9,11 +9,13 @@ use super::segment::{Segment, Weigh};
 use super::{Nsa, branches::Rows};
 use crate::routed::ended::Ended;
 use crate::routed::key_panels::PANEL;
+use crate::routed::overlaps::{OfBlocks, Overlaps, RowScores};
 use crate::routed::rows::rows_f32;
-use crate::select::largest::{Largest, LargestOf};
+use crate::select::largest::LargestOf;
 use attn_core::TensorView;
 use attn_core::parallel::for_each_task;
-use attn_core::simd::Isa;
+use attn_core::simd::{Isa, Simd, SimdOp};
+use std::ops::Range;
 
 /// Rows of all heads of a group scored together.
 const ROWS: usize = 8;
@@ -40,33 +42,40 @@ impl Nsa {
         });
         let tasks: Vec<_> = tasks.collect();
         debug_assert!(tasks.len() <= s.batch * s.n_heads_kv * blocks);
-        for_each_task(tasks.into_iter().rev(), Segment::default, |segment, (head, first, lists)| {
-            let (batch, kv_head) = (head / s.n_heads_kv, head % s.n_heads_kv);
-            if self.all_blocks(rows, first + lists.len() - 1).is_some() {
-                let all = lists.iter_mut().enumerate();
-                return all
-                    .for_each(|(row, list)| *list = self.all_blocks(rows, first + row).unwrap_or_default());
-            }
-            let group = rows.group(q, (batch, kv_head), first, lists.len());
-            let keys = compressed.head(batch, kv_head);
-            let visible = group.visible(&rows.ended(self), 0);
-            let n = visible.last().copied().unwrap_or(0);
-            let panels = 0..n.div_ceil(PANEL);
-            isa.run(Weigh {
-                q: &group.q,
-                keys: &keys.panels,
-                panels,
-                visible: &visible,
-                segment,
-                values: None,
-            });
-            for (row, list) in lists.iter_mut().enumerate() {
-                let segments = std::slice::from_ref(segment);
-                *list = self.all_blocks(rows, first + row).unwrap_or_else(|| {
-                    self.largest(rows, first + row, segments, row * group.heads, group.heads)
+        for_each_task(
+            tasks.into_iter().rev(),
+            <(Segment, RowScores)>::default,
+            |scratch, (head, first, lists)| {
+                let (segment, scores) = scratch;
+                let (batch, kv_head) = (head / s.n_heads_kv, head % s.n_heads_kv);
+                if self.all_blocks(rows, first + lists.len() - 1).is_some() {
+                    let all = lists.iter_mut().enumerate();
+                    return all.for_each(|(row, list)| {
+                        *list = self.all_blocks(rows, first + row).unwrap_or_default()
+                    });
+                }
+                let group = rows.group(q, (batch, kv_head), first, lists.len());
+                let keys = compressed.head(batch, kv_head);
+                let visible = group.visible(&rows.ended(self), 0);
+                let n = visible.last().copied().unwrap_or(0);
+                let panels = 0..n.div_ceil(PANEL);
+                isa.run(Weigh {
+                    q: &group.q,
+                    keys: &keys.panels,
+                    panels,
+                    visible: &visible,
+                    segment,
+                    values: None,
                 });
-            }
-        });
+                for (row, list) in lists.iter_mut().enumerate() {
+                    let segments = std::slice::from_ref(segment);
+                    *list = self.all_blocks(rows, first + row).unwrap_or_else(|| {
+                        let of_row = row * group.heads..(row + 1) * group.heads;
+                        self.largest(rows, first + row, segments, of_row, scores)
+                    });
+                }
+            },
+        );
         lists
     }
 
@@ -100,7 +109,7 @@ impl Nsa {
             );
             lists.push(match self.all_blocks(rows, 0) {
                 Some(all) => all,
-                None => self.largest(rows, 0, &segments, 0, group.heads),
+                None => self.largest(rows, 0, &segments, 0..group.heads, &mut RowScores::default()),
             });
             for h in 0..group.heads {
                 let (max, sum) = normaliser(&segments, h);
@@ -126,14 +135,14 @@ impl Nsa {
         (blocks <= self.n_selected).then(|| (0..blocks).collect())
     }
 
-    /// The forced blocks and the largest others; rows `first .. first + heads` of the segments are those of its heads.
+    /// The forced blocks and the largest others; `of_row` are the rows of the segments that are those of its heads.
     fn largest(
         &self,
         rows: &Rows,
         row: usize,
         segments: &[Segment],
-        first: usize,
-        heads: usize,
+        of_row: Range<usize>,
+        scratch: &mut RowScores,
     ) -> Vec<usize> {
         let own = (rows.visible(row) - 1) / self.select_len;
         let mut taken: Vec<usize> = Vec::new();
@@ -143,29 +152,20 @@ impl Nsa {
             }
         }
         let n = rows.ended(self).visible(row);
-        let shares = group_probabilities(segments, first, heads, n);
+        let RowScores { x, blocks: scores, places, largest } = scratch;
+        Isa::current().run(GroupProbabilities { segments, rows: of_row, n, shares: x });
         // Behind the first one and before the previous one.
         let open = 1..own.saturating_sub(1).max(1);
-        let scores: Vec<f32> = open.clone().map(|block| self.importance(block, &shares)).collect();
-        let (k, largest) = (self.n_selected - taken.len(), &mut Largest::default());
-        let best = Isa::current().run(LargestOf { scores: &scores, k, largest });
+        let overlaps =
+            Overlaps { len: self.compress_len, stride: self.compress_stride, block: self.select_len };
+        let add = |sum: f32, share: f32, common: f32| sum + common * share;
+        Isa::current().run(OfBlocks { overlaps, x, blocks: open.clone(), add, scores, places });
+        scores.iter_mut().for_each(|score| *score /= self.compress_stride as f32);
+        let k = self.n_selected - taken.len();
+        let best = Isa::current().run(LargestOf { scores, k, largest });
         taken.extend(best.into_iter().map(|block| open.start + block as usize));
         taken.sort_unstable();
         taken
-    }
-
-    /// Each compressed block's share, by the keys that it has in common with a selected block, in strides.
-    fn importance(&self, block: usize, shares: &[f32]) -> f32 {
-        let (l, t) = (self.compress_len, self.compress_stride);
-        let (start, end) = (block * self.select_len, (block + 1) * self.select_len);
-        let first = if start < l { 0 } else { (start - l) / t + 1 };
-        let last = end.div_ceil(t).min(shares.len());
-        let mut sum = 0.0;
-        for (c, share) in (first..).zip(shares.get(first..last).unwrap_or_default()) {
-            let common = (c * t + l).min(end) - (c * t).max(start);
-            sum += common as f32 * share;
-        }
-        sum / t as f32
     }
 }
 
@@ -181,26 +181,40 @@ fn factor(segment_max: f32, max: f32, sum: f32) -> f32 {
     if segment_max == f32::NEG_INFINITY { 0.0 } else { (segment_max - max).exp2() / sum }
 }
 
-/// `sum_h P_hc` of the first `n` compressed blocks.
-pub(in crate::routed) fn group_probabilities(
-    segments: &[Segment],
-    first: usize,
-    heads: usize,
-    n: usize,
-) -> Vec<f32> {
-    let mut shares = vec![0.0; n];
-    for row in first..first + heads {
-        let (max, sum) = normaliser(segments, row);
-        let mut rest = shares.as_mut_slice();
-        for segment in segments {
-            let (part, others) = rest.split_at_mut(segment.stride.min(rest.len()));
-            let factor = factor(segment.max[row], max, sum);
-            let weights = &segment.weights[row * segment.stride..];
-            part.iter_mut().zip(weights).for_each(|(share, weight)| *share += factor * weight);
-            rest = others;
-        }
+/// `sum_h P_hc` of the first `n` compressed blocks, over some rows of the segments.
+pub(in crate::routed) struct GroupProbabilities<'a> {
+    pub(in crate::routed) segments: &'a [Segment],
+    pub(in crate::routed) rows: Range<usize>,
+    pub(in crate::routed) n: usize,
+    /// Replaced.
+    pub(in crate::routed) shares: &'a mut Vec<f32>,
+}
+
+impl SimdOp for GroupProbabilities<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { segments, rows, n, shares } = self;
+        shares.clear();
+        shares.resize(n, 0.0);
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                for row in rows {
+                    let (max, sum) = normaliser(segments, row);
+                    let mut rest = shares.as_mut_slice();
+                    for segment in segments {
+                        let (part, others) = rest.split_at_mut(segment.stride.min(rest.len()));
+                        let factor = factor(segment.max[row], max, sum);
+                        let weights = &segment.weights[row * segment.stride..];
+                        part.iter_mut().zip(weights).for_each(|(share, weight)| *share += factor * weight);
+                        rest = others;
+                    }
+                }
+            },
+        );
     }
-    shares
 }
 
 impl Rows {

@@ -43,7 +43,7 @@ pub use stream::NsaStream;
 
 use super::ended::n_ended;
 use attn_core::{AttnError, Result};
-pub(super) use importance::group_probabilities;
+pub(super) use importance::GroupProbabilities;
 pub(super) use segment::{Segment, Weigh};
 
 /// Sizes of the three branches; see the module.

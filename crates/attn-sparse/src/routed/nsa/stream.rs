@@ -8,7 +8,8 @@ use crate::routed::rows::heads_f32;
 use crate::routed::stream::cache_of;
 use crate::store::store;
 use attn_core::{
-    AttnError, AttnShape, OutMut, Qkv, Result, StreamShape, StreamState, View, softmax_scale_or_default,
+    AttnError, AttnShape, OutMut, Qkv, Result, StreamShape, StreamState, TensorView, View,
+    softmax_scale_or_default,
 };
 use attn_flash::cache::KvCache;
 
@@ -77,6 +78,26 @@ impl NsaStream {
         let q = View::contiguous("q", &q, shape.q())?;
         let parts = self.nsa.attend(&rows, q, self.cache.views()?, &self.compressed, x.selected)?;
         store(out, &self.nsa.gated(&parts, x.gates.as_ref(), shape.head_dim_v)?)?;
+        Ok(())
+    }
+}
+
+impl NsaStream {
+    /// Appends keys and values `(batch, n_heads_kv, n, width)` of tokens whose outputs nobody asks for, such as those of a prompt
+    /// that has been read elsewhere. Time `O(n)`.
+    ///
+    /// # Errors
+    /// [`AttnError`] for keys or values that do not fit the stream, and where blocks are made elsewhere; nothing has then been
+    /// appended.
+    pub fn append_keys(&mut self, k: TensorView<'_>, v: TensorView<'_>) -> Result<()> {
+        if self.given == Some(true) {
+            return Err(AttnError::value("k_compress", "none", "given blocks, as before"));
+        }
+        self.cache.append(k, v)?;
+        self.compressed.append(&self.nsa, &k, &v);
+        if k.shape()[2] > 0 {
+            self.given = Some(false);
+        }
         Ok(())
     }
 }

@@ -230,7 +230,7 @@ fn growth(pages: &Pages, width: usize) -> Growth {
 fn masked(pages: &Pages, shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
     match pages.page_len {
         1 => tokens(shape, lists, chosen),
-        len => blocks(shape, len, lists, &wide(chosen)),
+        len => blocks(shape, len, lists, |at| wide(&chosen[at])),
     }
 }
 

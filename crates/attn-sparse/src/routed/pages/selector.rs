@@ -43,14 +43,18 @@ impl RowSelector for TopPages<'_> {
         (seen <= self.pages.n_pages || keys <= self.all_up_to).then(|| (0..seen as u32).collect())
     }
 
-    fn start(&self, row: usize, guess: Option<f32>) -> Largest {
-        self.largest().start(row, guess)
+    fn start(&self, top: &mut Largest, row: usize, guess: Option<f32>) {
+        self.largest().start(top, row, guess);
     }
 
     #[inline(always)]
     fn take<S: Simd>(&self, simd: S, top: &mut Largest, first: usize, scores: &[f32]) {
         let forced = self.pages.first.saturating_sub(first).min(scores.len());
         top.take(simd, first + forced, &scores[forced..]);
+    }
+
+    fn merge(&self, top: &mut Largest, later: &Largest) {
+        top.append(later);
     }
 
     #[inline(always)]

@@ -1,100 +1,85 @@
-//! One query at the distances of one segment.
+//! Some queries at the distances of one segment.
+// Indexed by constants once unrolled: then the sums stay in registers.
+#![allow(clippy::needless_range_loop)]
 
-use super::{DISTANCES, Segment};
+use super::DISTANCES;
+use super::segments::Group;
 use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdMask};
 use attn_core::tile::{MAX_LANES, exp2};
 use std::f32::consts::{LN_2, LOG2_E};
-use std::ops::Range;
 
 /// How far a score may exceed the reference before the sums are rescaled: `ln 2^8`.
 const SLACK: f32 = 8.0 * LN_2;
 /// Vectors of a value row that are added together.
 const VECTORS: usize = 4;
 
-/// The rows of a query's keys among those from its farthest to its nearest.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Along<'a> {
-    behind: &'a [u32],
-    /// Rows before the first key of all.
-    lost: u32,
-}
-
-impl<'a> Along<'a> {
-    /// Of a query at `position`, with the range of the keys; `None` if it sees none of them.
-    #[inline(always)]
-    pub(super) fn of(segment: &'a Segment, position: isize) -> Option<(Self, Range<usize>)> {
-        let end = usize::try_from(position + 1).ok()?.checked_sub(segment.nearest)?;
-        if end == 0 {
-            return None;
-        }
-        let position = position as usize;
-        if position >= segment.farthest {
-            return Some((Self { behind: &segment.behind, lost: 0 }, position - segment.farthest..end));
-        }
-        let lost = (segment.farthest - position) as u32;
-        let seen = segment.behind.partition_point(|row| *row >= lost);
-        Some((Self { behind: &segment.behind[..seen], lost }, 0..end))
-    }
-
-    #[inline(always)]
-    pub(super) fn len(self) -> usize {
-        self.behind.len()
-    }
-
-    #[inline(always)]
-    fn row(self, behind: u32) -> usize {
-        (behind - self.lost) as usize
-    }
-}
-
-/// `scores[r] = scale * q . k_r` for the keys of a query, and -inf up to the next whole vector.
+/// `scores[a][r] = scale * q_a . k_r` for the keys of each query, and -inf behind them.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const W: usize>(
+pub(super) fn dots<S: Simd, const W: usize, const Q: usize>(
     simd: S,
-    q: &[f32; W],
+    q: &[[f32; W]; Q],
     k: &[[f32; W]],
-    along: Along<'_>,
+    group: Group<'_, Q>,
     scale: f32,
-    scores: &mut [f32; DISTANCES],
+    scores: &mut [[f32; DISTANCES]; Q],
 ) {
     let lanes = S::f32s::LEN;
-    for (behind, scores) in along.behind.chunks(lanes).zip(scores.chunks_exact_mut(lanes)) {
-        let n = behind.len();
-        let mut filled = [0; MAX_LANES];
-        let behind = if n == lanes {
-            behind
-        } else {
-            // The last one again, for want of others.
-            filled.fill(behind[n - 1]);
-            filled[..n].copy_from_slice(behind);
-            &filled[..lanes]
-        };
-        let mut sums = [S::f32s::splat(simd, 0.0); MAX_LANES / 4];
-        for (sum, four) in sums.iter_mut().zip(behind.as_chunks::<4>().0) {
-            let [a, b, c, d] = *four;
-            let (a, b) = (dot(simd, q, &k[along.row(a)]), dot(simd, q, &k[along.row(b)]));
-            let (c, d) = (dot(simd, q, &k[along.row(c)]), dot(simd, q, &k[along.row(d)]));
-            *sum = neighbours::<S>(neighbours::<S>(a, b), neighbours::<S>(c, d));
+    // Of four keys each: a quarter of the lanes for one key.
+    let mut sums = [[S::f32s::splat(simd, 0.0); DISTANCES / 4]; Q];
+    for (at, four) in group.rows[0][..group.shared].iter().enumerate() {
+        let [a, b, c, d] = *four;
+        let ab = pairs(simd, dot(simd, q, &k[a as usize]), dot(simd, q, &k[b as usize]));
+        let cd = pairs(simd, dot(simd, q, &k[c as usize]), dot(simd, q, &k[d as usize]));
+        let four = pairs(simd, ab, cd);
+        for query in 0..Q {
+            sums[query][at] = four[query];
         }
-        let [a, b, c, d] = sums;
-        let sums = match lanes {
-            4 => a,
-            8 => neighbours::<S>(a, b),
-            _ => neighbours::<S>(neighbours::<S>(a, b), neighbours::<S>(c, d)),
-        };
-        (sums * scale).store_slice(scores);
-        scores[n..].fill(f32::NEG_INFINITY);
+    }
+    for at in group.shared..group.rows[0].len() {
+        for query in 0..Q {
+            let q = std::array::from_ref(&q[query]);
+            let [a, b, c, d] = group.rows[query][at];
+            let ab = pairs(simd, dot(simd, q, &k[a as usize]), dot(simd, q, &k[b as usize]));
+            let cd = pairs(simd, dot(simd, q, &k[c as usize]), dot(simd, q, &k[d as usize]));
+            let [four] = pairs(simd, ab, cd);
+            sums[query][at] = four;
+        }
+    }
+    for query in 0..Q {
+        for (sums, scores) in sums[query].chunks_exact(lanes / 4).zip(scores[query].chunks_exact_mut(lanes)) {
+            let sums = match *sums {
+                [a, b, c, d] => neighbours::<S>(neighbours::<S>(a, b), neighbours::<S>(c, d)),
+                [a, b] => neighbours::<S>(a, b),
+                _ => sums[0],
+            };
+            (sums * scale).store_slice(scores);
+        }
+        scores[query][group.len..].fill(f32::NEG_INFINITY);
     }
 }
 
-/// Partial sums of `q . k`.
+/// Partial sums of `q_a . k`, a vector of them for each query.
 #[inline(always)]
-fn dot<S: Simd, const W: usize>(simd: S, q: &[f32; W], k: &[f32; W]) -> S::f32s {
-    let mut sum = S::f32s::splat(simd, 0.0);
-    for (q, k) in q.chunks_exact(S::f32s::LEN).zip(k.chunks_exact(S::f32s::LEN)) {
-        sum = S::f32s::from_slice(simd, q).mul_add(S::f32s::from_slice(simd, k), sum);
+fn dot<S: Simd, const W: usize, const Q: usize>(simd: S, q: &[[f32; W]; Q], k: &[f32; W]) -> [S::f32s; Q] {
+    let lanes = S::f32s::LEN;
+    let mut sums = [S::f32s::splat(simd, 0.0); Q];
+    for (at, k) in k.chunks_exact(lanes).enumerate() {
+        let k = S::f32s::from_slice(simd, k);
+        for query in 0..Q {
+            let q = S::f32s::from_slice(simd, &q[query][at * lanes..(at + 1) * lanes]);
+            sums[query] = q.mul_add(k, sums[query]);
+        }
     }
-    sum
+    sums
+}
+
+#[inline(always)]
+fn pairs<S: Simd, const Q: usize>(simd: S, a: [S::f32s; Q], b: [S::f32s; Q]) -> [S::f32s; Q] {
+    let mut sums = [S::f32s::splat(simd, 0.0); Q];
+    for query in 0..Q {
+        sums[query] = neighbours::<S>(a[query], b[query]);
+    }
+    sums
 }
 
 /// Sums of neighbouring lanes, first those of `a`, then those of `b`.
@@ -141,43 +126,49 @@ fn raise(highest: &[f32], max: &mut f32, sum: &mut [f32; MAX_LANES], acc: &mut [
     *max = new;
 }
 
-/// `acc += sum_r weights[r] v_r` over the values of a query.
+/// `acc_a += sum_r weights[a][r] v_r` over the values of each query.
 #[inline(always)]
-pub(super) fn values<S: Simd, const W: usize>(
+pub(super) fn values<S: Simd, const W: usize, const Q: usize>(
     simd: S,
     v: &[[f32; W]],
-    along: Along<'_>,
-    weights: &[f32],
-    acc: &mut [f32; W],
+    group: Group<'_, Q>,
+    weights: &[[f32; DISTANCES]; Q],
+    acc: &mut [[f32; W]; Q],
 ) {
-    let lanes = S::f32s::LEN;
-    for (group, acc) in acc.chunks_exact_mut(VECTORS * lanes).enumerate() {
-        let columns = group * VECTORS * lanes..(group + 1) * VECTORS * lanes;
-        // Two accumulators: one alone would wait for itself.
-        let mut sums = [[S::f32s::splat(simd, 0.0); VECTORS]; 2];
-        for (sum, acc) in sums[0].iter_mut().zip(acc.chunks_exact(lanes)) {
-            *sum = S::f32s::from_slice(simd, acc);
-        }
-        let (twos, rest) = along.behind.as_chunks::<2>();
-        for (two, weights) in twos.iter().zip(weights.as_chunks::<2>().0) {
-            for ((behind, weight), sums) in two.iter().zip(weights).zip(&mut sums) {
-                add(simd, &v[along.row(*behind)][columns.clone()], *weight, sums);
+    let (lanes, step) = (S::f32s::LEN, VECTORS * S::f32s::LEN);
+    let rows = group.rows.map(<[[u32; 4]]>::as_flattened);
+    let shared = group.len.min(4 * group.shared);
+    for first in (0..W / step * step).step_by(step) {
+        let columns = first..first + step;
+        // From zero, and added once: sums of few numbers round less.
+        let mut sums = [[S::f32s::splat(simd, 0.0); VECTORS]; Q];
+        for (at, row) in rows[0][..shared].iter().enumerate() {
+            let row = &v[*row as usize][columns.clone()];
+            for query in 0..Q {
+                add(simd, row, weights[query][at], &mut sums[query]);
             }
         }
-        if let [behind] = rest {
-            add(simd, &v[along.row(*behind)][columns], weights[along.len() - 1], &mut sums[0]);
+        for at in shared..group.len {
+            for query in 0..Q {
+                let row = &v[rows[query][at] as usize][columns.clone()];
+                add(simd, row, weights[query][at], &mut sums[query]);
+            }
         }
-        let [even, odd] = sums;
-        for ((even, odd), acc) in even.into_iter().zip(odd).zip(acc.chunks_exact_mut(lanes)) {
-            (even + odd).store_slice(acc);
+        for query in 0..Q {
+            let acc = &mut acc[query][columns.clone()];
+            for n in 0..VECTORS {
+                let acc = &mut acc[n * lanes..(n + 1) * lanes];
+                (S::f32s::from_slice(simd, acc) + sums[query][n]).store_slice(acc);
+            }
         }
     }
 }
 
+/// `sums += weight * row`.
 #[inline(always)]
 fn add<S: Simd>(simd: S, row: &[f32], weight: f32, sums: &mut [S::f32s; VECTORS]) {
-    let weight = S::f32s::splat(simd, weight);
-    for (sum, row) in sums.iter_mut().zip(row.chunks_exact(S::f32s::LEN)) {
-        *sum = weight.mul_add(S::f32s::from_slice(simd, row), *sum);
+    let (lanes, weight) = (S::f32s::LEN, S::f32s::splat(simd, weight));
+    for n in 0..VECTORS {
+        sums[n] = weight.mul_add(S::f32s::from_slice(simd, &row[n * lanes..(n + 1) * lanes]), sums[n]);
     }
 }

@@ -9,14 +9,16 @@
 //! acc_c <- acc_c + e^(s_d - m) v_{p-d, c}
 //! ```
 //!
-//! Every multiply-add counts, and each reads its own numbers: a core computes as fast as it reads from its nearest caches, some
-//! 45 % of the speed of a product. So distances come in segments, few enough that the rows of neighbouring distances are still
-//! near when the next query wants them, and so close together that all keys of a block of queries stay in the second-level
-//! cache.
+//! Every multiply-add counts, and most read numbers of their own: a core computes as fast as it reads from its nearest caches,
+//! about half as fast as in a product. So distances come in segments, few enough that the rows of neighbouring distances are
+//! still near when the next queries want them, and so close together that all keys of a block of queries stay in the
+//! second-level cache. Two queries go along together: a key at distances `d` and `d + 1` from them, both in the list, is read
+//! once.
 //!
 //! A row starts from the state that other keys left: accumulator, maximum, sum. Rows do not depend on each other.
 
 mod kernels;
+mod segments;
 #[cfg(test)]
 mod tests;
 
@@ -24,38 +26,13 @@ use super::rows::Aligned;
 use attn_core::simd::{Simd, SimdBase, SimdOp};
 use attn_core::tile::MAX_LANES;
 use attn_core::view::RowsMut;
-use kernels::{Along, dots, values, weigh};
+use kernels::{dots, values, weigh};
+use segments::Group;
+pub(super) use segments::Segment;
+use std::ops::Range;
 
 /// Most distances of a segment: their rows and those of the next query fit into the first-level cache.
 const DISTANCES: usize = 32;
-/// Most numbers of a key between the nearest and the farthest key of a query's segment.
-const SPAN: usize = 1 << 16;
-
-/// Distances that a query attends together.
-#[derive(Debug)]
-pub(super) struct Segment {
-    nearest: usize,
-    farthest: usize,
-    /// How many keys behind the farthest one each lies; nearest first.
-    behind: Vec<u32>,
-}
-
-impl Segment {
-    /// Distances, ascending, in segments for rows of `W` numbers.
-    pub(super) fn cut<const W: usize>(mut distances: &[u32]) -> Vec<Self> {
-        let mut segments = Vec::new();
-        while let Some(nearest) = distances.first() {
-            let is_near = |d: &&u32| (**d - nearest) as usize <= SPAN / W;
-            let (own, rest) =
-                distances.split_at(distances.iter().take(DISTANCES).take_while(is_near).count());
-            let farthest = own[own.len() - 1];
-            let behind = own.iter().map(|d| farthest - d).collect();
-            segments.push(Self { nearest: *nearest as usize, farthest: farthest as usize, behind });
-            distances = rest;
-        }
-        segments
-    }
-}
 
 /// A thread's scratch.
 #[derive(Default)]
@@ -65,6 +42,8 @@ pub(super) struct Workspace {
     max: Vec<f32>,
     /// `[rows, MAX_LANES]`.
     sum: Vec<f32>,
+    /// Rows of a query that is attended alone.
+    fours: Vec<[u32; 4]>,
 }
 
 /// Some queries of a head, one behind the other.
@@ -90,7 +69,7 @@ impl<const W: usize> SimdOp for Diagonals<'_, W> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { q, k, v, position, segments, softmax_scale, workspace, mut out, lse } = self;
-        let Workspace { acc, max, sum } = workspace;
+        let Workspace { acc, max, sum, fours } = workspace;
         let n = q.len();
         let acc = match acc {
             Some(acc) if acc.numbers().len() >= n * W => acc,
@@ -110,18 +89,24 @@ impl<const W: usize> SimdOp for Diagonals<'_, W> {
                 sum[r][0] = 1.0;
             }
         }
-        let mut weights = [0.0; DISTANCES];
         for segment in segments {
             simd.vectorize(
                 #[inline(always)]
                 || {
-                    for r in 0..n {
-                        let Some((along, seen)) = Along::of(segment, position + r as isize) else { continue };
-                        let (k, v) = (&k[seen.clone()], &v[seen]);
-                        dots(simd, &q[r], k, along, softmax_scale, &mut weights);
-                        let weights = &mut weights[..along.len().next_multiple_of(S::f32s::LEN)];
-                        weigh(simd, weights, &mut max[r], &mut sum[r], &mut acc[r]);
-                        values(simd, v, along, weights, &mut acc[r]);
+                    let mut r = 0;
+                    while r < n {
+                        let p = position + r as isize;
+                        if let (Some((group, seen)), true) = (segment.two(p), r + 1 < n) {
+                            let rows = Rows { q, acc, max, sum, first: r };
+                            rows.attend::<S, 2>(simd, (k, v), seen, group, softmax_scale);
+                            r += 2;
+                            continue;
+                        }
+                        if let Some((group, seen)) = segment.one(p, fours) {
+                            let rows = Rows { q, acc, max, sum, first: r };
+                            rows.attend::<S, 1>(simd, (k, v), seen, group, softmax_scale);
+                        }
+                        r += 1;
                     }
                 },
             );
@@ -137,5 +122,38 @@ impl<const W: usize> SimdOp for Diagonals<'_, W> {
                 lse[r] = max[r] + total.ln();
             }
         }
+    }
+}
+
+/// Rows of a block, and which of them are attended.
+struct Rows<'a, const W: usize> {
+    q: &'a [[f32; W]],
+    acc: &'a mut [[f32; W]],
+    max: &'a mut [f32],
+    sum: &'a mut [[f32; MAX_LANES]],
+    first: usize,
+}
+
+impl<const W: usize> Rows<'_, W> {
+    /// `Q` rows from the first on, along one segment.
+    #[inline(always)]
+    fn attend<S: Simd, const Q: usize>(
+        self,
+        simd: S,
+        (k, v): (&[[f32; W]], &[[f32; W]]),
+        seen: Range<usize>,
+        group: Group<'_, Q>,
+        softmax_scale: f32,
+    ) {
+        let Self { q, acc, max, sum, first } = self;
+        let (Some(q), Some(acc)) = (q[first..].first_chunk(), acc[first..].first_chunk_mut()) else { return };
+        let (k, v) = (&k[seen.clone()], &v[seen]);
+        let mut weights = [[0.0; DISTANCES]; Q];
+        dots(simd, q, k, group, softmax_scale, &mut weights);
+        for (query, weights) in weights.iter_mut().enumerate() {
+            let weights = &mut weights[..group.len.next_multiple_of(S::f32s::LEN)];
+            weigh(simd, weights, &mut max[first + query], &mut sum[first + query], &mut acc[query]);
+        }
+        values(simd, v, group, &weights, acc);
     }
 }

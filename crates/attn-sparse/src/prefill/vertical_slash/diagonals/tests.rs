@@ -19,7 +19,7 @@ fn check<const W: usize>(isa: Isa, distances: &[u32], position: isize, n_q: usiz
     // What a row without keys holds does not count.
     let mut out = vec![if before.is_some() { 0.25 } else { f32::NAN }; n_q * width_v];
     let segments = Segment::cut::<W>(distances);
-    assert_eq!(segments.iter().map(|segment| segment.behind.len()).sum::<usize>(), distances.len());
+    assert_eq!(segments.iter().map(Segment::len).sum::<usize>(), distances.len());
     let mut workspace = Workspace::default();
     isa.run(Diagonals {
         q: &q,
@@ -56,11 +56,14 @@ fn check<const W: usize>(isa: Isa, distances: &[u32], position: isize, n_q: usiz
 
 #[test]
 fn every_isa_and_width_equals_the_formula() {
-    let lists: [Vec<u32>; 5] = [
+    let lists: [Vec<u32>; 7] = [
         vec![0],
         vec![3, 9, 10],
         (0..17).map(|d| d * d).collect(),
-        (0..2 * DISTANCES as u32 + 1).map(|d| 2 * d + d % 3).collect(),
+        (0..2 * DISTANCES as u32 + 1).map(|d| 3 * d + d % 2).collect(),
+        // Keys that two neighbours share, from four on together.
+        vec![0, 1, 2, 5, 6, 9, 20, 21, 22, 23, 24, 25],
+        (3..60).collect(),
         // Farther apart than one segment spans.
         vec![1, 2, 1500, 1501],
     ];

@@ -10,6 +10,8 @@
 //!
 //! Where a row takes the largest scores, those of a sample of the keys come first: they say which scores need not be looked at.
 
+mod shares;
+
 use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
 use crate::select::largest::nth_largest;
 use attn_core::parallel::for_each_task;
@@ -20,8 +22,6 @@ use std::ops::Range;
 const TILE: usize = 4 * PANEL;
 /// Rows of index heads scored at a time.
 const ROWS: usize = 32;
-/// Keys of a share, where rows are so few that the keys are shared among threads.
-const SHARE: usize = 1 << 15;
 
 /// Queries of an indexer.
 pub(super) struct IndexQueries {
@@ -44,7 +44,7 @@ pub(super) struct IndexQueries {
 /// Takes scores row by row: which row, and how many keys it sees.
 pub(super) trait RowSelector: Sync {
     /// What is known of a row so far.
-    type State;
+    type State: Default + Send;
 
     /// Keys that a row sees: the first so many.
     fn visible(&self, row: usize) -> usize;
@@ -58,11 +58,14 @@ pub(super) trait RowSelector: Sync {
         None
     }
 
-    /// Before the first score; `guess` is the one asked for.
-    fn start(&self, row: usize, guess: Option<f32>) -> Self::State;
+    /// Before the first score; `guess` is the one asked for. The state may be that of another row before.
+    fn start(&self, state: &mut Self::State, row: usize, guess: Option<f32>);
 
     /// Scores of the keys from `first` on, all visible; keys come in ascending order.
     fn take<S: Simd>(&self, simd: S, state: &mut Self::State, first: usize, scores: &[f32]);
+
+    /// Takes over what another state of the same row and guess was offered, of later keys.
+    fn merge(&self, state: &mut Self::State, later: &Self::State);
 
     /// What the row takes, ascending; nothing if it was given a guess that was wrong.
     fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State) -> Option<Vec<u32>>;
@@ -87,7 +90,7 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
     if few {
         // The threads share the keys instead.
         for (at, chosen) in tasks {
-            rows(at).by_shares(isa, keys(at / blocks).all(), selector, &mut chosen[0]);
+            chosen[0] = rows(at).by_shares(isa, keys(at / blocks), selector);
         }
     } else {
         // The last rows first: they see the most.
@@ -100,7 +103,14 @@ pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
 }
 
 #[derive(Default)]
-struct Scratch {
+struct Scratch<T> {
+    /// Of each row.
+    states: Vec<T>,
+    scores: ScoreScratch,
+}
+
+#[derive(Default)]
+struct ScoreScratch {
     /// `[rows, heads, TILE]`.
     products: Vec<f32>,
     /// `[rows, TILE]`.
@@ -120,12 +130,12 @@ struct Rows<'a> {
 }
 
 /// Some rows against the keys that they see, tile by tile.
-struct ByTiles<'a, K, R> {
+struct ByTiles<'a, K, R: RowSelector> {
     rows: Rows<'a>,
     keys: &'a K,
     selector: &'a R,
     chosen: &'a mut [Vec<u32>],
-    scratch: &'a mut Scratch,
+    scratch: &'a mut Scratch<R::State>,
 }
 
 impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
@@ -146,7 +156,7 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
                     }
                 }
                 let guesses = match keys.sample() {
-                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), scratch),
+                    Some(sample) => rows.guesses(simd, sample, selector, open.clone(), &mut scratch.scores),
                     None => vec![None; open.len()],
                 };
                 let wrong = rows.pass(simd, keys.all(), selector, (open.clone(), &guesses), chosen, scratch);
@@ -167,7 +177,7 @@ impl Rows<'_> {
         sample: &KeyPanels<E>,
         selector: &R,
         open: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) -> Vec<Option<f32>> {
         let every = |row: usize| selector.visible(row).div_ceil(SAMPLING);
         let ranks: Vec<_> = open.clone().map(|r| selector.rank_in_sample(self.first + r)).collect();
@@ -182,13 +192,14 @@ impl Rows<'_> {
                 scores[first..end].copy_from_slice(&tile[..end - first]);
             }
         }
-        let mut of_rows = scores.chunks_exact(n_keys.max(1));
-        let guess = |(at, rank): (usize, Option<usize>)| {
-            let scores = of_rows.next()?;
+        // A plain loop: a closure would be compiled without the vectors of `simd`.
+        let mut guesses = vec![None; ranks.len()];
+        for (at, (scores, rank)) in scores.chunks_exact(n_keys.max(1)).zip(ranks).enumerate() {
             let seen = every(self.first + open.start + at).min(n_keys);
-            nth_largest(simd, &scores[..seen], rank?, &mut scratch.keys)
-        };
-        let guesses = ranks.into_iter().enumerate().map(guess).collect();
+            if let Some(rank) = rank {
+                guesses[at] = nth_largest(simd, &scores[..seen], rank, &mut scratch.keys);
+            }
+        }
         scratch.sample = scores;
         guesses
     }
@@ -202,47 +213,31 @@ impl Rows<'_> {
         selector: &R,
         (open, guesses): (Range<usize>, &[Option<f32>]),
         chosen: &mut [Vec<u32>],
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<R::State>,
     ) -> Vec<usize> {
-        let start = |(r, guess): (usize, &Option<f32>)| selector.start(self.first + r, *guess);
-        let mut states: Vec<R::State> = open.clone().zip(guesses).map(start).collect();
+        let Scratch { states, scores: scratch } = scratch;
+        states.resize_with(states.len().max(open.len()), R::State::default);
+        for ((r, guess), state) in open.clone().zip(guesses).zip(&mut *states) {
+            selector.start(state, self.first + r, *guess);
+        }
         let n_keys = open.clone().map(|r| selector.visible(self.first + r)).max().unwrap_or(0);
         for first in (0..n_keys).step_by(TILE) {
             let end = (first + TILE).min(n_keys);
             self.score(simd, keys, open.clone(), first..end, scratch);
             let tiles = scratch.combined.chunks_exact(TILE);
-            for ((r, state), scores) in open.clone().zip(&mut states).zip(tiles) {
+            for ((r, state), scores) in open.clone().zip(&mut *states).zip(tiles) {
                 let seen = selector.visible(self.first + r).min(end).saturating_sub(first);
                 selector.take(simd, state, first, &scores[..seen]);
             }
         }
         let mut wrong = Vec::new();
-        for (r, state) in open.zip(&mut states) {
+        for (r, state) in open.zip(states) {
             match selector.finish(simd, self.first + r, state) {
                 Some(list) => chosen[r] = list,
                 None => wrong.push(r),
             }
         }
         wrong
-    }
-
-    /// All scores of one row, shares of the keys in parallel.
-    fn by_shares<E: KeyNumber, R: RowSelector>(
-        &self,
-        isa: Isa,
-        keys: &KeyPanels<E>,
-        selector: &R,
-        chosen: &mut Vec<u32>,
-    ) {
-        if let Some(all) = selector.without_scores(self.first) {
-            *chosen = all;
-            return;
-        }
-        let mut scores = vec![0.0; selector.visible(self.first)];
-        for_each_task(scores.chunks_mut(SHARE).enumerate(), Scratch::default, |scratch, (share, scores)| {
-            isa.run(Share { rows: *self, keys, first: share * SHARE, scores, scratch });
-        });
-        *chosen = isa.run(TakeAll { selector, row: self.first, scores: &scores });
     }
 
     /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
@@ -253,10 +248,10 @@ impl Rows<'_> {
         keys: &KeyPanels<E>,
         open: Range<usize>,
         range: Range<usize>,
-        scratch: &mut Scratch,
+        scratch: &mut ScoreScratch,
     ) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
-        let Scratch { products, combined, wide, .. } = scratch;
+        let ScoreScratch { products, combined, wide, .. } = scratch;
         let first = self.list * rows + self.first;
         let head_rows = (first + open.start) * heads..(first + open.end) * heads;
         let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
@@ -269,55 +264,6 @@ impl Rows<'_> {
         ScoreRows { q, keys, panels, scores, stride: TILE, wide }.eval(simd);
         let (products, n_keys) = (products.as_slice(), range.len());
         combine(products, &mut combined[..open.len() * TILE], [heads, n_keys], weights, relu);
-    }
-}
-
-/// A stretch of the scores of one row.
-struct Share<'a, E> {
-    rows: Rows<'a>,
-    keys: &'a KeyPanels<E>,
-    first: usize,
-    scores: &'a mut [f32],
-    scratch: &'a mut Scratch,
-}
-
-impl<E: KeyNumber> SimdOp for Share<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) {
-        let Self { rows, keys, first, scores, scratch } = self;
-        for (tile, scores) in scores.chunks_mut(TILE).enumerate() {
-            let first = first + tile * TILE;
-            rows.score(simd, keys, 0..1, first..first + scores.len(), scratch);
-            scores.copy_from_slice(&scratch.combined[..scores.len()]);
-        }
-    }
-}
-
-/// All scores of one row at once.
-struct TakeAll<'a, R: RowSelector> {
-    selector: &'a R,
-    row: usize,
-    scores: &'a [f32],
-}
-
-impl<R: RowSelector> SimdOp for TakeAll<'_, R> {
-    type Output = Vec<u32>;
-
-    #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) -> Vec<u32> {
-        let Self { selector, row, scores } = self;
-        let mut state = selector.start(row, None);
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                for (tile, scores) in scores.chunks(TILE).enumerate() {
-                    selector.take(simd, &mut state, tile * TILE, scores);
-                }
-                selector.finish(simd, row, &mut state).unwrap_or_default()
-            },
-        )
     }
 }
 
