@@ -71,7 +71,6 @@ fn what_selects_by_content_finds_it() {
         ("arkvale", "volume=ball page_len=16 token_budget=256"),
         ("double-sparsity", "label_dim=4"),
         ("loki", "rank=4"),
-        ("magicpig", "n_bits=8 n_tables=60"),
         ("topk", "causal=true"),
         ("topk", "causal=true topk=1"),
         ("moba", "chunk_len=64 top_k=8"),
