@@ -140,7 +140,8 @@ mod tests {
         close(0.1, 0.1 + 0.5); // five runs
         close(0.02, 0.02 + 0.3); // 15 runs, for 0.3 s
         close(0.75, 0.75 + 2.25); // three runs reach 2 s
-        close(60.0, 120.0); // one run
+        close(15.0, 30.0); // one run
+        close(60.0, 60.0); // the first call counts
     }
 
     #[test]
