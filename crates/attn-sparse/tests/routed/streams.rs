@@ -3,10 +3,10 @@
 use super::golden::run;
 use super::promises::{parse, tensors};
 use attn_core::registry::{NamedTensor, NamedTensors, TensorData};
-use attn_core::{AttnShape, Qkv, StreamShape, TensorView, ViewMut};
+use attn_core::{AttnShape, Qkv, StreamShape, StreamState, TensorView, ViewMut};
 use attn_sparse::{
     BlockIndexer, BlockIndexerInputs, CompressedAttention, CompressedInputs, CompressedKv, Dsa, DsaInputs,
-    Entries, EntryIndexer, EntryPooling, Nsa, NsaGates, NsaInputs,
+    Entries, EntryIndexer, EntryPooling, Nsa, NsaGates, NsaInputs, NsaStream,
 };
 use attn_testkit::compare::{Tol, assert_close};
 use attn_testkit::inputs::Problem;
@@ -120,17 +120,14 @@ fn a_given_block_indexer_streams() {
     assert!(stream.len() == N && !stream.is_empty() && stream.bytes() > 0);
 }
 
+fn small_nsa() -> Nsa {
+    Nsa { compress_len: 6, compress_stride: 3, select_len: 4, n_selected: 4, window: 8, softmax_scale: None }
+}
+
 #[test]
 fn gates_and_given_blocks_stream() {
     let (problem, s) = (Problem::normal(shape(), 3), shape());
-    let nsa = Nsa {
-        compress_len: 6,
-        compress_stride: 3,
-        select_len: 4,
-        n_selected: 4,
-        window: 8,
-        softmax_scale: None,
-    };
+    let nsa = small_nsa();
     let options = parse("compress_len=6 compress_stride=3 select_len=4 n_selected=4 window=8");
     let complete = |n: usize| if n < 6 { 0 } else { (n - 6) / 3 + 1 };
     let gates = [6.0, 7.0, 8.0].map(|seed| tensor("gate", &[2, 4, N], seed));
@@ -167,6 +164,32 @@ fn gates_and_given_blocks_stream() {
         let view = ViewMut::contiguous("out", &mut out, s.out()).unwrap();
         assert!(stream.append_with(&x, view.into()).unwrap_err().to_string().contains("k_compress"));
     }
+}
+
+/// A prompt whose outputs nobody asks for leaves the stream as if somebody had.
+#[test]
+fn a_stream_takes_keys_without_queries() {
+    let problem = Problem::normal(shape(), 3);
+    let (x, nsa) = (problem.qkv().unwrap(), small_nsa());
+    let part = |rows: Range<usize>| {
+        Qkv::new(x.q().narrow(rows.clone()), x.k().narrow(rows.clone()), x.v().narrow(rows)).unwrap()
+    };
+    let (prompt, rest) = (part(0..41), part(41..N));
+    let (mut asked, mut silent) =
+        (nsa.stream(StreamShape::of(&x)).unwrap(), nsa.stream(StreamShape::of(&x)).unwrap());
+    let append = |stream: &mut NsaStream, x: Qkv<'_>| {
+        let mut out = vec![f32::NAN; x.shape().rows() * x.shape().head_dim_v];
+        let view = ViewMut::contiguous("out", &mut out, x.shape().out()).unwrap();
+        stream.append_with(&NsaInputs::new(x), view.into()).unwrap();
+        out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    append(&mut asked, prompt);
+    silent.append_keys(*prompt.k(), *prompt.v()).unwrap();
+    let other = Problem::normal(AttnShape { batch: 1, ..shape() }, 3);
+    let other = other.qkv().unwrap();
+    assert!(silent.append_keys(*other.k(), *other.v()).is_err(), "half a batch");
+    assert_eq!(silent.len(), 41);
+    assert_eq!(append(&mut silent, rest), append(&mut asked, rest));
 }
 
 #[test]
