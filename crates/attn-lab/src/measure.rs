@@ -53,6 +53,15 @@ impl Times {
         Self::default()
     }
 
+    /// After a first call: no run, or that one where it counts.
+    pub fn after_first(policy: &Policy, call: Duration) -> Self {
+        let mut times = Self::new();
+        if policy.counts_the_first(call) {
+            times.push(call);
+        }
+        times
+    }
+
     /// Adds one run.
     pub fn push(&mut self, time: Duration) {
         self.0.push(time.as_secs_f64());
@@ -94,12 +103,9 @@ impl Times {
 /// # Errors
 /// The first error of `work`.
 pub fn repeat<E>(policy: &Policy, mut work: impl FnMut() -> Result<(), E>) -> Result<Times, E> {
-    let mut times = Times::new();
     let from = Instant::now();
     work()?;
-    if policy.counts_the_first(from.elapsed()) {
-        times.push(from.elapsed());
-    }
+    let mut times = Times::after_first(policy, from.elapsed());
     while !times.is_done(policy) {
         let from = Instant::now();
         work()?;

@@ -1,8 +1,8 @@
 //! Measuring the points of one length side by side.
 //!
 //! Every point has its own process; all are loaded and warmed up first. Then rounds go over them, one call each, until
-//! each point has enough (a call of 20 seconds is not made twice): whatever disturbs the machine for a while disturbs all variants and not one. Nothing else
-//! runs while a call is timed.
+//! each point has enough (a call of 20 seconds is not made twice): whatever disturbs the machine for a while disturbs all
+//! variants and not one. Nothing else runs while a call is timed.
 
 use super::case::{Case, ErrorFigures, Measurement, Outcome, Row};
 use super::plan::{self, Prediction};
@@ -126,11 +126,8 @@ impl<'a> Running<'a> {
         let rows: Vec<Vec<f64>> = rows.into_iter().map(widen).collect();
         match ErrorFigures::from_finite(&conditions.sample.compare(&rows)?) {
             Some(error) => {
-                let mut times = Times::new();
                 let first = Duration::from_secs_f64(warm_seconds.max(0.0));
-                if conditions.policy.counts_the_first(first) {
-                    times.push(first);
-                }
+                let times = Times::after_first(&conditions.policy, first);
                 Ok(Ok(Self { point, worker, times, warm_seconds, extra_bytes, error }))
             }
             None => stopped(Trouble::Failed("the output holds NaN or infinite numbers".into())),

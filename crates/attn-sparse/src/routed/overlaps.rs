@@ -103,6 +103,20 @@ mod tests {
     use super::*;
     use attn_core::simd::Isa;
 
+    fn of_blocks(
+        isa: Isa,
+        overlaps: Overlaps,
+        x: &[f32],
+        blocks: &Range<usize>,
+        add: impl Fn(f32, f32, f32) -> f32,
+    ) -> Vec<f32> {
+        // What is there before is replaced.
+        let (mut scores, places) = (vec![1.0], &mut vec![2.0]);
+        let (x, blocks) = (&mut x.to_vec(), blocks.clone());
+        isa.run(OfBlocks { overlaps, x, blocks, add, scores: &mut scores, places });
+        scores
+    }
+
     #[test]
     fn blocks_get_what_each_of_their_keys_has() {
         for [len, stride, block] in
@@ -122,16 +136,8 @@ mod tests {
                     let sum = |b: usize| keys(b).flat_map(key).sum::<f64>();
                     let most = |b: usize| keys(b).flat_map(key).fold(0.0, f64::max);
                     for isa in Isa::available() {
-                        let (scores, places) = (&mut vec![1.0], &mut vec![2.0]);
                         let add = |sum: f32, x: f32, common: f32| sum + common * x;
-                        isa.run(OfBlocks {
-                            overlaps,
-                            x: &mut x.clone(),
-                            blocks: blocks.clone(),
-                            add,
-                            scores,
-                            places,
-                        });
+                        let scores = of_blocks(isa, overlaps, &x, &blocks, add);
                         assert_eq!(scores.len(), blocks.len());
                         for (got, b) in scores.iter().zip(blocks.clone()) {
                             let want = sum(b);
@@ -141,16 +147,9 @@ mod tests {
                             );
                         }
                         let add = |most: f32, x: f32, _: f32| most.max(x);
-                        isa.run(OfBlocks {
-                            overlaps,
-                            x: &mut x.clone(),
-                            blocks: blocks.clone(),
-                            add,
-                            scores,
-                            places,
-                        });
+                        let scores = of_blocks(isa, overlaps, &x, &blocks, add);
                         let want: Vec<f32> = blocks.clone().map(|b| most(b) as f32).collect();
-                        assert_eq!(*scores, want, "{isa} {overlaps:?} {n}");
+                        assert_eq!(scores, want, "{isa} {overlaps:?} {n}");
                     }
                 }
             }
