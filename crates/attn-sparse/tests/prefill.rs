@@ -302,6 +302,22 @@ fn settings_that_take_all_are_dense() {
     }
 }
 
+/// Of a threshold of 0, nothing beside the first block and the own ones is left.
+#[test]
+fn no_share_is_reached_by_what_is_always_seen() {
+    let shape = AttnShape::square(1, 160, 8);
+    let (q, k) = (numbers(160 * 8, 0.3113), numbers(160 * 8, 0.7717));
+    let (q, k) = (view(&q, shape.q()), view(&k, shape.k()));
+    let attention = XAttention { threshold: 0.0, block: 16, stride: 4, ..XAttention::default() };
+    let decision = attention.decide(&Qkv::new(q, k, k).unwrap()).unwrap();
+    for i in 0..160 {
+        let mut want: Vec<usize> = (0..16).chain(i / 16 * 16..i + 1).filter(|j| *j <= i).collect();
+        want.sort_unstable();
+        want.dedup();
+        assert_eq!(decision.selected(Head { batch: 0, head: 0 }, i, 160), want, "row {i}");
+    }
+}
+
 #[test]
 fn a_planted_key_is_found_and_blocks_are_few() {
     let (n, d, planted) = (4096, 16, 1234);

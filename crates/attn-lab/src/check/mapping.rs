@@ -36,8 +36,10 @@ enum Rule {
     Kernel,
     /// A segment's length; the case's name says whether the memory follows the delta rule.
     Segment,
-    /// Numbers, ours between commas; of pairs `[a, b]` ours are ranges `a-b`.
+    /// Numbers, ours between commas; of pairs `[a, b]` ours are ranges `a-b`. No numbers are "none".
     List(&'static str),
+    /// Pairs `[a, b]`, ours are ranges `a..b` between commas.
+    Ranges(&'static str),
     /// A word of ours for one of theirs; other words are the same.
     Word(&'static str, &'static [(&'static str, &'static str)]),
     /// A temperature, which the reference of the kind `sortcut` does not use.
@@ -232,17 +234,9 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
             plan.set("segment", text);
             plan.set("delta", case.case.starts_with("delta"));
         }
-        Rule::List(_) if value.is_null() => {}
-        Rule::List(ours) => {
-            let one = |x: &Value| match x.as_array() {
-                Some(pair) => pair.iter().map(plain).collect::<Vec<_>>().join("-"),
-                None => plain(x),
-            };
-            let all = value
-                .as_array()
-                .map_or_else(|| text.clone(), |all| all.iter().map(one).collect::<Vec<_>>().join(","));
-            plan.set(ours, all);
-        }
+        Rule::List(_) | Rule::Ranges(_) if value.is_null() => {}
+        Rule::List(ours) => plan.set(ours, listed(value, "-")),
+        Rule::Ranges(ours) => plan.set(ours, listed(value, "..")),
         Rule::Word(ours, words) => {
             let word = words.iter().find(|(theirs, _)| *theirs == text).map(|(_, ours)| *ours);
             plan.set(ours, word.unwrap_or(&text));
@@ -264,6 +258,19 @@ fn apply(rule: Rule, key: &str, value: &Value, case: &GoldenCase, plan: &mut Pla
         },
     }
     Ok(())
+}
+
+/// Numbers, or pairs of them joined by `between`, as one would write them after `--set key=`.
+fn listed(value: &Value, between: &str) -> String {
+    let one = |x: &Value| match x.as_array() {
+        Some(pair) => pair.iter().map(plain).collect::<Vec<_>>().join(between),
+        None => plain(x),
+    };
+    match value.as_array().map(Vec::as_slice) {
+        None => plain(value),
+        Some([]) => "none".to_string(),
+        Some(all) => all.iter().map(one).collect::<Vec<_>>().join(","),
+    }
 }
 
 /// A value as one would write it after `--set key=`.

@@ -94,6 +94,8 @@ fn one_wrong_number_fails_with_its_place() {
         ("retnet-rec-t1.safetensors", "out.sT", "7"),
         ("h-transformer-1d-01.safetensors", "out.o", "63"),
         ("onnx-attention_3d_gqa_causal.safetensors", "out.o", "3"),
+        // The output of one decoded token, beside the queries of a prompt.
+        ("kv-eviction-knorm-00.safetensors", "out.o", "15"),
     ] {
         let (_folder, path) = corrupt(file, tensor, 0.01);
         let ended = attn(["check", &path]);
@@ -107,6 +109,19 @@ fn one_wrong_number_fails_with_its_place() {
         let failure = &all["files"][0]["failure"];
         assert!((failure["error"].as_f64().unwrap() - 0.01).abs() < 2e-3, "{file}: {failure}");
     }
+}
+
+#[test]
+fn an_option_says_what_no_tensor_says() {
+    let drop_ids = |bytes: &mut [u8]| replace(bytes, b"\"in.document_ids\":", b"\"aux.document_id\":");
+    let (_folder, path) = changed("document-00.safetensors", drop_ids);
+    let ended = attn(["check", &path]);
+    assert_eq!(ended.status.code(), Some(0), "{}", stdout(&ended));
+    let (_other, path) = changed("document-00.safetensors", |bytes| {
+        drop_ids(bytes);
+        replace(bytes, b"[0, 10, 11, 41, 64]", b"[0, 10, 12, 41, 64]");
+    });
+    assert_eq!(attn(["check", &path]).status.code(), Some(1));
 }
 
 #[test]

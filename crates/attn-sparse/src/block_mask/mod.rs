@@ -19,6 +19,7 @@ mod columns;
 mod compose;
 mod flex_lists;
 mod given;
+pub(crate) mod lists;
 mod rows;
 mod statistics;
 mod stored;

@@ -96,7 +96,9 @@ impl Decider for XAttention {
                 }
                 *list = if self.causal {
                     let share = top_p_with(&mass, self.threshold, &grid.own(row).collect::<Vec<_>>());
-                    let mut blocks = top_k_with(&mass, share.len() + 1, &share);
+                    // Of nothing there is no next one.
+                    let more = usize::from(self.threshold > 0.0);
+                    let mut blocks = top_k_with(&mass, share.len() + more, &share);
                     blocks.extend((visible > 0).then_some(0));
                     blocks
                 } else {

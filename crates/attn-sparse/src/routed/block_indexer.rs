@@ -18,6 +18,7 @@ use super::block_maxima::select_blocks;
 use super::index_channels::{IndexKeys, work};
 use super::indexer::RowSelector;
 use super::router::{Router, list_bytes, pairs_up_to, visible};
+use crate::block_mask::lists::Slot;
 use crate::decider::Work;
 use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
@@ -53,9 +54,12 @@ impl RowSelector for LargestBlocks<'_> {
         visible(self.shape, row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
-        let blocks = self.visible(row).div_ceil(self.indexer.block_len);
-        (blocks <= self.indexer.top_k).then(|| (0..blocks as u32).collect())
+    fn takes_all(&self, row: usize) -> Option<usize> {
+        Some(self.visible(row).div_ceil(self.indexer.block_len)).filter(|blocks| *blocks <= self.most())
+    }
+
+    fn most(&self) -> usize {
+        self.indexer.top_k
     }
 
     fn start(&self, maxima: &mut Vec<f32>, row: usize, _: Option<f32>) {
@@ -80,24 +84,30 @@ impl RowSelector for LargestBlocks<'_> {
     }
 
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, _: usize, maxima: &mut Vec<f32>) -> Option<Vec<u32>> {
-        Some(self.largest(simd, maxima))
+    fn finish<S: Simd>(&self, simd: S, _: usize, maxima: &mut Vec<f32>, list: Slot<'_>) -> bool {
+        self.largest(simd, maxima, &mut Largest::default(), list);
+        true
     }
 }
 
 impl LargestBlocks<'_> {
     /// The local blocks, and the largest of those before them.
     #[inline(always)]
-    pub(super) fn largest<S: Simd>(&self, simd: S, maxima: &[f32]) -> Vec<u32> {
+    pub(super) fn largest<S: Simd>(
+        &self,
+        simd: S,
+        maxima: &[f32],
+        largest: &mut Largest,
+        mut list: Slot<'_>,
+    ) {
         let BlockIndexer { top_k, local_blocks, .. } = *self.indexer;
         let first_local = maxima.len() - local_blocks.min(maxima.len());
         let seen = |block: &usize| maxima[*block] > f32::NEG_INFINITY || maxima[*block].is_nan();
         let local: Vec<usize> = (first_local..maxima.len()).rev().filter(seen).take(top_k).collect();
-        let mut largest = Largest::new(top_k - local.len(), None);
+        largest.start(top_k - local.len(), None);
         largest.take(simd, 0, &maxima[..first_local]);
-        let mut chosen = largest.finish(simd).unwrap_or_default();
-        chosen.extend(local.into_iter().rev().map(|block| block as u32));
-        chosen
+        list.append(largest.finish(simd).unwrap_or_default());
+        local.into_iter().rev().for_each(|block| list.append(&[block as u32]));
     }
 }
 
@@ -183,9 +193,9 @@ impl Router for BlockIndexer {
                 .flat_map(|heads| (0..width).map(move |c| heads.iter().skip(c).step_by(width).sum::<f32>()));
             (queries.data, queries.heads) = (summed.collect(), 1);
         }
-        let largest = LargestBlocks { indexer: self, shape };
+        let (queries, largest) = (queries.rounded(), LargestBlocks { indexer: self, shape });
         let chosen = select_blocks(&queries, |list| &index.heads[list], &largest);
-        blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))
+        blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(chosen.row(at)))
     }
 
     fn entries(&self) -> usize {

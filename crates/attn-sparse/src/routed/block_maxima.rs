@@ -5,11 +5,14 @@
 //! Time: the product, and `O(n_kv)` vector operations for 32 rows. Memory: the maxima of 32 rows a thread.
 
 use super::block_indexer::LargestBlocks;
-use super::indexer::{IndexQueries, RowSelector, select};
-use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels};
+use super::indexer::{IndexQueries, RowSelector, select, slots};
+use super::key_panels::{KeyPanels, PANEL, Panels};
+use super::numbers::{IndexNumber, Left, Right};
+use crate::block_mask::lists::{Lists, SlotRun};
+use crate::select::largest::Largest;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Select, Simd, SimdBase, SimdMask, SimdOp};
-use attn_core::tile::{Lhs, Rhs, Start, TileMut, product, transpose};
+use attn_core::tile::{TileMut, transpose};
 use attn_core::view::Rows;
 use std::ops::Range;
 
@@ -18,89 +21,86 @@ const LANES: usize = 32;
 
 /// The blocks of all rows, `[lists, rows]`; `keys` gives those that a list is scored against.
 pub(super) fn select_blocks<'k, K: Panels + 'k>(
-    queries: &IndexQueries,
+    queries: &IndexQueries<K::Number>,
     keys: impl Fn(usize) -> &'k K + Sync,
     blocks: &LargestBlocks<'_>,
-) -> Vec<Vec<u32>> {
+) -> Lists {
     let (n, isa) = (queries.rows, Isa::current());
     let is_plain = queries.heads == 1 && queries.weights.is_none() && !queries.relu;
     if !is_plain || n < LANES / 2 {
         return select(queries, keys, blocks);
     }
-    let mut chosen: Vec<Vec<u32>> = vec![Vec::new(); queries.lists * n];
-    let tasks = chosen.chunks_mut(n).enumerate().flat_map(|(list, rows)| {
-        rows.chunks_mut(LANES).enumerate().map(move |(at, rows)| (list, at * LANES, rows))
-    });
+    let mut slots = slots(queries, blocks);
     // The last rows first: they see the most.
-    let tasks: Vec<_> = tasks.collect();
-    for_each_task(tasks.into_iter().rev(), Scratch::default, |scratch, (list, first, chosen)| {
-        let q = &queries.data[(list * n + first) * queries.width..][..chosen.len() * queries.width];
-        isa.run(Panel { q, first, keys: keys(list).all(), blocks, chosen, scratch });
+    for_each_task(slots.runs(n, LANES).into_iter().rev(), Scratch::default, |scratch, mut run| {
+        let keys = keys(run.first / n).all();
+        let q = &queries.data[run.first * keys.units()..][..run.len() * keys.units()];
+        isa.run(Panel { q, first: run.first % n, keys, blocks, chosen: &mut run, scratch });
     });
-    chosen
+    slots.close()
 }
 
 #[derive(Default)]
-struct Scratch {
-    /// `[width, LANES]`.
-    q: Vec<f32>,
+struct Scratch<U> {
+    /// `[units, LANES]`.
+    q: Vec<U>,
     wide: Vec<f32>,
     /// `[PANEL, LANES]`.
     scores: Vec<f32>,
     /// `[blocks, LANES]`, and turned.
     maxima: Vec<f32>,
     turned: Vec<f32>,
+    largest: Largest,
 }
 
 /// Some rows from `first` on, side by side.
-struct Panel<'a, 'b, E> {
-    /// `[rows, width]`.
-    q: &'a [f32],
+struct Panel<'a, 'b, 'c, U> {
+    /// `[rows, units]`.
+    q: &'a [U],
     first: usize,
-    keys: &'a KeyPanels<E>,
+    keys: &'a KeyPanels<U>,
     blocks: &'a LargestBlocks<'b>,
-    chosen: &'a mut [Vec<u32>],
-    scratch: &'a mut Scratch,
+    chosen: &'a mut SlotRun<'c>,
+    scratch: &'a mut Scratch<U>,
 }
 
-impl<E: KeyNumber> SimdOp for Panel<'_, '_, E> {
+impl<U: IndexNumber> SimdOp for Panel<'_, '_, '_, U> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { q, first, keys, blocks, chosen, scratch } = self;
-        let Scratch { q: q_t, wide, scores, maxima, turned } = scratch;
-        let (width, n_rows, block) = (keys.width(), chosen.len(), blocks.indexer.block_len);
+        let Scratch { q: q_t, wide, scores, maxima, turned, largest } = scratch;
+        let (units, n_rows, block) = (keys.units(), chosen.len(), blocks.indexer.block_len);
         let visible = |lane: usize| blocks.visible(first + lane);
-        if (0..n_rows).all(|lane| blocks.without_scores(first + lane).is_some()) {
-            for (lane, chosen) in chosen.iter_mut().enumerate() {
-                *chosen = blocks.without_scores(first + lane).unwrap_or_default();
+        let mut needs_scores = false;
+        for lane in 0..n_rows {
+            match blocks.takes_all(first + lane) {
+                Some(all) => chosen.slot(lane).append_range(0..all),
+                None => needs_scores = true,
             }
+        }
+        if !needs_scores {
             return;
         }
         let n_keys = visible(n_rows - 1).min(keys.len());
         let n_blocks = n_keys.div_ceil(block);
-        q_t.resize(width * LANES, 0.0);
+        q_t.resize(units * LANES, U::default());
+        for (lane, row) in q.chunks_exact(units.max(1)).enumerate() {
+            row.iter().enumerate().for_each(|(unit, x)| q_t[unit * LANES + lane] = *x);
+        }
         scores.resize(PANEL * LANES, 0.0);
         maxima.clear();
         maxima.resize(n_blocks * LANES, f32::NEG_INFINITY);
         simd.vectorize(
             #[inline(always)]
             || {
-                transpose(simd, Rows::new(q, n_rows, width, width), 1.0, q_t, LANES);
                 for start in (0..n_keys).step_by(PANEL) {
                     let n = PANEL.min(n_keys - start);
-                    let a =
-                        Lhs { data: keys.panel(simd, start / PANEL, wide), row_stride: 1, col_stride: PANEL };
-                    let b = Rhs { data: q_t, stride: LANES };
-                    product(
-                        simd,
-                        [n, LANES, width],
-                        a,
-                        b,
-                        TileMut { data: scores, stride: LANES },
-                        Start::Zero,
-                    );
+                    let a = Left { data: keys.panel(start / PANEL), row_stride: 1, col_stride: PANEL };
+                    let (b, c) =
+                        (Right { data: q_t, stride: LANES }, TileMut { data: scores, stride: LANES });
+                    U::product(simd, [n, LANES, units], a, b, c, wide);
                     for lane in (0..n_rows).filter(|lane| visible(*lane) < start + n) {
                         let hidden = visible(lane).max(start) - start..n;
                         hidden.for_each(|key| scores[key * LANES + lane] = f32::NEG_INFINITY);
@@ -115,12 +115,9 @@ impl<E: KeyNumber> SimdOp for Panel<'_, '_, E> {
                 }
                 turned.resize(LANES * n_blocks, 0.0);
                 transpose(simd, Rows::new(maxima, n_blocks, LANES, LANES), 1.0, turned, n_blocks);
-                for (lane, chosen) in chosen.iter_mut().enumerate() {
+                for lane in (0..n_rows).filter(|lane| blocks.takes_all(first + lane).is_none()) {
                     let maxima = &turned[lane * n_blocks..][..visible(lane).div_ceil(block)];
-                    *chosen = match blocks.without_scores(first + lane) {
-                        Some(all) => all,
-                        None => blocks.largest(simd, maxima),
-                    };
+                    blocks.largest(simd, maxima, largest, chosen.slot(lane));
                 }
             },
         );

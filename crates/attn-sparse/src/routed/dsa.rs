@@ -19,6 +19,7 @@ use super::index_channels::{IndexKeys, work};
 use super::indexer::{RowSelector, select};
 use super::key_panels::SAMPLING;
 use super::router::{Router, list_bytes, pairs_up_to, visible};
+use crate::block_mask::lists::{Lists, Slot};
 use crate::decider::Work;
 use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
@@ -57,9 +58,12 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
         (self.visible)(row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
-        let visible = self.visible(row);
-        (visible <= self.top_k).then(|| (0..visible as u32).collect())
+    fn takes_all(&self, row: usize) -> Option<usize> {
+        Some(self.visible(row)).filter(|visible| *visible <= self.top_k)
+    }
+
+    fn most(&self) -> usize {
+        self.top_k
     }
 
     /// Three standard deviations beyond the members that the sample has on average.
@@ -82,13 +86,15 @@ impl<V: Fn(usize) -> usize + Sync> RowSelector for LargestTokens<V> {
     }
 
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, _: usize, largest: &mut Largest) -> Option<Vec<u32>> {
-        largest.finish(simd)
+    fn finish<S: Simd>(&self, simd: S, _: usize, largest: &mut Largest, mut list: Slot<'_>) -> bool {
+        let taken = largest.finish(simd);
+        taken.iter().for_each(|taken| list.append(taken));
+        taken.is_some()
     }
 }
 
 /// Lists of single keys, `[batch, lists, rows]`, each ascending, for `lists` groups of query heads.
-pub(super) fn tokens(shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
+pub(super) fn tokens(shape: &AttnShape, lists: usize, chosen: Lists) -> Result<BlockMask> {
     let builder = Builder::new(shape, BlockSizes::square(1)).per_batch().per_head(lists.max(1));
     builder.ascending_lists(chosen)
 }
@@ -112,10 +118,10 @@ impl Router for Dsa {
     }
 
     fn choose(&self, index: &IndexKeys, q: &TensorView<'_>, shape: &AttnShape) -> Result<BlockMask> {
-        let queries = index.queries_of_groups(q, shape, true);
+        let queries = index.queries_of_groups(q, shape, true).rounded();
         let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(shape, row) };
         let chosen = select(&queries, |list| &index.heads[list], &largest);
-        tokens(shape, shape.n_heads_kv, &chosen)
+        tokens(shape, shape.n_heads_kv, chosen)
     }
 
     fn entries(&self) -> usize {

@@ -1,19 +1,19 @@
-//! An index made of queries and keys themselves, where no trained indexer is given: every few channels of both, the keys
-//! stored as bf16.
+//! An index made of queries and keys themselves, where no trained indexer is given: every few channels of both,
+//! rounded to bf16.
 //!
 //! A trained indexer has its own narrow projections. Without them the index keeps `index_dim` channels, evenly spread (so
 //! that all frequencies of a rotary embedding are among them); the dot product over them stands for that over all.
 
 use super::indexer::IndexQueries;
 use super::key_panels::SampledPanels;
+use super::numbers::PairOfBf16;
 use super::rows::rows_f32;
 use attn_core::{AttnError, AttnShape, Result, StreamShape, TensorView};
-use half::bf16;
 
 /// Narrow keys, one series a batch entry and key/value head.
 #[derive(Debug)]
 pub struct IndexKeys {
-    pub(super) heads: Vec<SampledPanels<bf16>>,
+    pub(super) heads: Vec<SampledPanels<PairOfBf16>>,
     width: usize,
     head_dim: usize,
 }
@@ -58,7 +58,12 @@ impl IndexKeys {
     }
 
     /// A list a key/value head, whose index heads are the query heads of its group.
-    pub(super) fn queries_of_groups(&self, q: &TensorView<'_>, s: &AttnShape, relu: bool) -> IndexQueries {
+    pub(super) fn queries_of_groups(
+        &self,
+        q: &TensorView<'_>,
+        s: &AttnShape,
+        relu: bool,
+    ) -> IndexQueries<f32> {
         let (group, lists) = (s.group_size(), s.batch * s.n_heads_kv);
         let mut data = vec![0.0; lists * s.n_q * group * self.width];
         for head in 0..s.batch * s.n_heads_q {

@@ -58,7 +58,7 @@ pub(super) fn index_queries(
     lists: usize,
     weights: Option<&[f32]>,
     relu: bool,
-) -> IndexQueries {
+) -> IndexQueries<f32> {
     let [batch, n_heads, rows, width] = q.shape();
     let heads = n_heads.checked_div(lists).unwrap_or(0);
     let mut data = vec![0.0; batch * n_heads * rows * width];
@@ -114,11 +114,11 @@ impl Dsa {
         &self,
         shape: &AttnShape,
         x: &DsaInputs<'_>,
-        keys: &[impl Panels],
+        keys: &[impl Panels<Number = f32>],
     ) -> Result<Decision> {
         let queries = index_queries(&x.index_q, 1, Some(x.index_w), true);
         let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(shape, row) };
-        Ok(tokens(shape, 1, &select(&queries, |list| &keys[list], &largest))?.into())
+        Ok(tokens(shape, 1, select(&queries, |list| &keys[list], &largest))?.into())
     }
 }
 
@@ -137,11 +137,11 @@ impl BlockIndexer {
         &self,
         shape: &AttnShape,
         x: &BlockIndexerInputs<'_>,
-        keys: &[impl Panels],
+        keys: &[impl Panels<Number = f32>],
     ) -> Result<Decision> {
         let queries = index_queries(&x.index_q, shape.n_heads_kv, None, false);
         let largest = LargestBlocks { indexer: self, shape };
         let chosen = select_blocks(&queries, |list| &keys[list / shape.n_heads_kv], &largest);
-        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(&chosen[at]))?))
+        Ok(Decision::by_lists(blocks(shape, self.block_len, shape.n_heads_kv, |at| wide(chosen.row(at)))?))
     }
 }

@@ -89,7 +89,7 @@ impl Dsa {
             IndexTarget::Selected => {
                 let largest = LargestTokens { top_k: self.top_k, visible: |row| visible(&s, row) };
                 let chosen = select(&queries, |list| &index_keys[list], &largest);
-                Some(chosen.iter().map(|list| wide(list)).collect())
+                Some(chosen.iter().map(wide).collect())
             }
         };
         let mut q = heads_f32(x.q(), 0..s.n_q);
@@ -132,7 +132,7 @@ struct Training<'a> {
     k: Vec<f32>,
     /// The same for scoring, where all keys are scored.
     panels: Option<Vec<KeyPanels<f32>>>,
-    queries: IndexQueries,
+    queries: IndexQueries<f32>,
     /// `[batch, n_kv, index_dim]`.
     index_k: Vec<f32>,
     index_keys: Vec<KeyPanels<f32>>,

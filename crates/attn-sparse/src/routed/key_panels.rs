@@ -4,29 +4,23 @@
 //! them. Each score is summed in the order of the channels, so that it has the same bits whether one query is scored
 //! (decoding) or many, and however the keys were appended.
 
-use attn_core::Element;
-use attn_core::simd::{Simd, SimdBase, SimdFloat, SimdOp};
-use attn_core::tile::{Lhs, MAX_LANES, Rhs, Start, Stored, TileMut, product, read_rows};
-use attn_core::view::Rows;
+use super::numbers::{IndexNumber, Left, Right};
+use attn_core::simd::{Simd, SimdOp};
+use attn_core::tile::TileMut;
 use std::ops::Range;
 
 /// Keys of a panel.
 pub(super) const PANEL: usize = 64;
 
-/// How keys are stored.
-pub(super) trait KeyNumber: Element + Stored {}
-
-impl<E: Element + Stored> KeyNumber for E {}
-
-/// Keys that grow at the end; `[panels][width][PANEL]`.
+/// Keys that grow at the end; `[panels][units][PANEL]`.
 #[derive(Debug, Clone)]
-pub(super) struct KeyPanels<E> {
+pub(super) struct KeyPanels<U> {
     width: usize,
     len: usize,
-    data: Vec<E>,
+    data: Vec<U>,
 }
 
-impl<E: Element> KeyPanels<E> {
+impl<U: IndexNumber> KeyPanels<U> {
     /// No keys yet.
     pub(super) fn new(width: usize) -> Self {
         Self { width, len: 0, data: Vec::new() }
@@ -34,18 +28,23 @@ impl<E: Element> KeyPanels<E> {
 
     /// Appends a key, rounded to the storage type.
     pub(super) fn push(&mut self, row: impl Iterator<Item = f32>) {
-        let (panel, lane) = (self.len / PANEL, self.len % PANEL);
+        let (panel, lane, units) = (self.len / PANEL, self.len % PANEL, self.units());
         if lane == 0 {
-            self.data.resize((panel + 1) * self.width * PANEL, E::ZERO);
+            self.data.resize((panel + 1) * units * PANEL, U::default());
         }
-        let lanes = self.data[panel * self.width * PANEL..].iter_mut().skip(lane).step_by(PANEL);
-        lanes.zip(row).for_each(|(to, x)| *to = E::store(x));
+        let lanes = self.data[panel * units * PANEL..].iter_mut().skip(lane).step_by(PANEL);
+        lanes.zip(U::pack(row)).for_each(|(to, x)| *to = x);
         self.len += 1;
     }
 
-    /// Numbers of a key.
+    /// Channels of a key.
     pub(super) fn width(&self) -> usize {
         self.width
+    }
+
+    /// Numbers that hold the channels of a key.
+    pub(super) fn units(&self) -> usize {
+        U::units(self.width)
     }
 
     /// Keys held.
@@ -55,21 +54,12 @@ impl<E: Element> KeyPanels<E> {
 
     /// Bytes of memory held.
     pub(super) fn bytes(&self) -> usize {
-        self.data.capacity() * size_of::<E>()
+        self.data.capacity() * size_of::<U>()
     }
-}
 
-impl<E: KeyNumber> KeyPanels<E> {
-    /// A panel, `[width, PANEL]`; `wide` is scratch.
-    #[inline(always)]
-    pub(super) fn panel<'s, S: Simd>(&'s self, simd: S, panel: usize, wide: &'s mut Vec<f32>) -> &'s [f32] {
-        let stored = &self.data[panel * self.width * PANEL..][..self.width * PANEL];
-        if let Some(numbers) = E::as_f32(stored) {
-            return numbers;
-        }
-        wide.resize(self.width * PANEL, 0.0);
-        read_rows(simd, Rows::new(stored, self.width, PANEL, PANEL), wide);
-        wide
+    /// A panel, `[units, PANEL]`.
+    pub(super) fn panel(&self, panel: usize) -> &[U] {
+        &self.data[panel * self.units() * PANEL..][..self.units() * PANEL]
     }
 }
 
@@ -78,13 +68,13 @@ pub(super) const SAMPLING: usize = 16;
 
 /// Keys, and every [`SAMPLING`]th of them once more: scores of the sample say what the largest scores of all will be.
 #[derive(Debug, Clone)]
-pub(super) struct SampledPanels<E> {
-    pub(super) all: KeyPanels<E>,
+pub(super) struct SampledPanels<U> {
+    pub(super) all: KeyPanels<U>,
     /// Key `SAMPLING * t` is the `t`-th.
-    pub(super) sample: KeyPanels<E>,
+    pub(super) sample: KeyPanels<U>,
 }
 
-impl<E: Element> SampledPanels<E> {
+impl<U: IndexNumber> SampledPanels<U> {
     /// No keys yet.
     pub(super) fn new(width: usize) -> Self {
         Self { all: KeyPanels::new(width), sample: KeyPanels::new(width) }
@@ -107,7 +97,7 @@ impl<E: Element> SampledPanels<E> {
 /// Keys with or without a sample of them.
 pub(super) trait Panels: Sync {
     /// How they are stored.
-    type Number: KeyNumber;
+    type Number: IndexNumber;
 
     /// All keys.
     fn all(&self) -> &KeyPanels<Self::Number>;
@@ -116,8 +106,8 @@ pub(super) trait Panels: Sync {
     fn sample(&self) -> Option<&KeyPanels<Self::Number>>;
 }
 
-impl<E: KeyNumber> Panels for KeyPanels<E> {
-    type Number = E;
+impl<U: IndexNumber> Panels for KeyPanels<U> {
+    type Number = U;
 
     fn all(&self) -> &Self {
         self
@@ -128,87 +118,42 @@ impl<E: KeyNumber> Panels for KeyPanels<E> {
     }
 }
 
-impl<E: KeyNumber> Panels for SampledPanels<E> {
-    type Number = E;
+impl<U: IndexNumber> Panels for SampledPanels<U> {
+    type Number = U;
 
-    fn all(&self) -> &KeyPanels<E> {
+    fn all(&self) -> &KeyPanels<U> {
         &self.all
     }
 
-    fn sample(&self) -> Option<&KeyPanels<E>> {
+    fn sample(&self) -> Option<&KeyPanels<U>> {
         Some(&self.sample)
     }
 }
 
-/// `scores[r, j] = q_r . k_j` for all rows of `q [rows, width]` and the keys of some panels. Lanes behind the last key get 0.
-pub(super) struct ScoreRows<'a, E> {
-    pub(super) q: &'a [f32],
-    pub(super) keys: &'a KeyPanels<E>,
+/// `scores[r, j] = q_r . k_j` for all rows of `q [rows, units]` and the keys of some panels. Lanes behind the last key get 0.
+pub(super) struct ScoreRows<'a, U> {
+    pub(super) q: &'a [U],
+    pub(super) keys: &'a KeyPanels<U>,
     pub(super) panels: Range<usize>,
     /// Row `r` starts at `r * stride` with the first key of the first panel.
     pub(super) scores: &'a mut [f32],
     pub(super) stride: usize,
-    /// Scratch of a panel.
+    /// Scratch of a product.
     pub(super) wide: &'a mut Vec<f32>,
 }
 
-impl<E: KeyNumber> SimdOp for ScoreRows<'_, E> {
+impl<U: IndexNumber> SimdOp for ScoreRows<'_, U> {
     type Output = ();
 
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let width = self.keys.width;
-        let rows = self.q.len().checked_div(width).unwrap_or(0);
+        let units = self.keys.units();
+        let rows = self.q.len().checked_div(units).unwrap_or(0);
         for (at, panel) in self.panels.enumerate() {
-            let stored = &self.keys.data[panel * width * PANEL..][..width * PANEL];
-            let are_few = rows == 1 || S::f32s::LEN == MAX_LANES && (1..=4).contains(&rows);
-            if are_few && E::as_f32(stored).is_none() {
-                let scores = &mut self.scores[at * PANEL..];
-                match rows {
-                    1 => score_few::<S, E, 1>(simd, self.q, stored, scores, self.stride),
-                    2 => score_few::<S, E, 2>(simd, self.q, stored, scores, self.stride),
-                    3 => score_few::<S, E, 3>(simd, self.q, stored, scores, self.stride),
-                    _ => score_few::<S, E, 4>(simd, self.q, stored, scores, self.stride),
-                }
-                continue;
-            }
-            let b = self.keys.panel(simd, panel, self.wide);
-            let a = Lhs { data: self.q, row_stride: width, col_stride: 1 };
+            let a = Left { data: self.q, row_stride: units, col_stride: 1 };
+            let b = Right { data: self.keys.panel(panel), stride: PANEL };
             let c = TileMut { data: &mut self.scores[at * PANEL..], stride: self.stride };
-            product(simd, [rows, PANEL, width], a, Rhs { data: b, stride: PANEL }, c, Start::Zero);
-        }
-    }
-}
-
-/// The scores of `ROWS` rows and a panel, `[width, PANEL]`, whose numbers are widened in registers: the sums of `product`, number
-/// for number.
-// Indexed by constants once unrolled: then the sums stay in registers.
-#[allow(clippy::needless_range_loop)]
-#[inline(always)]
-fn score_few<S: Simd, E: Stored, const ROWS: usize>(
-    simd: S,
-    q: &[f32],
-    panel: &[E],
-    scores: &mut [f32],
-    stride: usize,
-) {
-    let (lanes, step, width) = (S::f32s::LEN, 4 * S::f32s::LEN, panel.len() / PANEL);
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &q[row * width..][..width]);
-    for first in (0..PANEL).step_by(step) {
-        let mut sums = [[S::f32s::splat(simd, 0.0); 4]; ROWS];
-        for (c, keys) in panel.chunks_exact(PANEL).enumerate() {
-            let four = E::load4(simd, &keys[first..first + step]);
-            for row in 0..ROWS {
-                let q = S::f32s::splat(simd, rows[row][c]);
-                for v in 0..4 {
-                    sums[row][v] = q.mul_add(four[v], sums[row][v]);
-                }
-            }
-        }
-        for row in 0..ROWS {
-            for v in 0..4 {
-                sums[row][v].store_slice(&mut scores[row * stride + first + v * lanes..][..lanes]);
-            }
+            U::product(simd, [rows, PANEL, units], a, b, c, self.wide);
         }
     }
 }
@@ -216,29 +161,30 @@ fn score_few<S: Simd, E: Stored, const ROWS: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routed::numbers::PairOfBf16;
     use attn_core::simd::Isa;
-    use half::bf16;
 
     /// A row scored alone, or among few, has the bits that it has among many.
     #[test]
     fn few_rows_are_scored_as_many_are() {
         let number = |x: usize| ((x * 7919 % 1013) as f32 - 500.0) * 0.013;
         for (width, n) in [(1, 5), (7, 64), (16, 130)] {
-            let mut keys = KeyPanels::<bf16>::new(width);
+            let mut keys = KeyPanels::<PairOfBf16>::new(width);
             (0..n).for_each(|key| keys.push((0..width).map(|c| number(key * width + c))));
-            let q: Vec<f32> = (0..7 * width).map(|x| number(x + 17)).collect();
+            let row = |r: usize| PairOfBf16::pack((0..width).map(move |c| number(r * width + c + 17)));
+            let (q, units) = ((0..7).flat_map(row).collect::<Vec<_>>(), keys.units());
             let (panels, stride) = (0..n.div_ceil(PANEL), n.next_multiple_of(PANEL));
             for isa in Isa::available() {
-                let run = |q: &[f32]| {
-                    let (mut scores, wide) = (vec![f32::NAN; q.len() / width * stride], &mut Vec::new());
+                let run = |q: &[PairOfBf16]| {
+                    let (mut scores, wide) = (vec![f32::NAN; q.len() / units * stride], &mut Vec::new());
                     let panels = panels.clone();
                     isa.run(ScoreRows { q, keys: &keys, panels, scores: &mut scores, stride, wide });
                     scores
                 };
                 let all = run(&q);
                 for few in 1..=4 {
-                    for (at, q) in q.chunks(few * width).enumerate() {
-                        let want = &all[at * few * stride..][..q.len() / width * stride];
+                    for (at, q) in q.chunks(few * units).enumerate() {
+                        let want = &all[at * few * stride..][..q.len() / units * stride];
                         assert_eq!(run(q), want, "{isa} {width} {n} {few}");
                     }
                 }

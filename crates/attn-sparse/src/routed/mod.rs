@@ -28,6 +28,7 @@ mod key_panels;
 mod magic_pig;
 mod moba;
 mod nsa;
+mod numbers;
 mod overlaps;
 mod pages;
 mod router;

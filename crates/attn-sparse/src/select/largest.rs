@@ -22,14 +22,7 @@ pub(crate) struct Largest {
 }
 
 impl Largest {
-    /// Of at most `k`; `guess` is what the `k`-th largest score is hoped not to be below.
-    pub(crate) fn new(k: usize, guess: Option<f32>) -> Self {
-        let mut largest = Self::default();
-        largest.start(k, guess);
-        largest
-    }
-
-    /// As new.
+    /// As new: at most `k`; `guess` is what the `k`-th largest score is hoped not to be below.
     pub(crate) fn start(&mut self, k: usize, guess: Option<f32>) {
         (self.k, self.len, self.guessed) = (k, 0, guess.is_some());
         // What equals the guess passes, -inf never does.
@@ -151,12 +144,12 @@ impl Largest {
 
     /// The indices, ascending; nothing if fewer than `k` reached a guessed floor.
     #[inline(always)]
-    pub(crate) fn finish<S: Simd>(&mut self, simd: S) -> Option<Vec<u32>> {
+    pub(crate) fn finish<S: Simd>(&mut self, simd: S) -> Option<&[u32]> {
         if self.guessed && self.len < self.k {
             return None;
         }
         self.cut(simd);
-        Some(self.indices[..self.len].to_vec())
+        Some(&self.indices[..self.len])
     }
 }
 
@@ -256,7 +249,7 @@ impl SimdOp for LargestOf<'_> {
             #[inline(always)]
             || {
                 largest.take(simd, 0, scores);
-                largest.finish(simd).unwrap_or_default()
+                largest.finish(simd).unwrap_or_default().to_vec()
             },
         )
     }
@@ -268,6 +261,12 @@ mod tests {
     use crate::select::top_k;
     use attn_core::simd::Isa;
 
+    fn largest(k: usize, guess: Option<f32>) -> Largest {
+        let mut largest = Largest::default();
+        largest.start(k, guess);
+        largest
+    }
+
     struct Take<'a>(&'a mut Largest, &'a [f32], usize);
 
     impl SimdOp for Take<'_> {
@@ -276,7 +275,7 @@ mod tests {
         #[inline(always)]
         fn eval<S: Simd>(self, simd: S) -> Option<Vec<u32>> {
             let (mut first, middle) = (0, self.1.len() / 2);
-            let mut second = Largest::new(self.0.k, None);
+            let mut second = largest(self.0.k, None);
             // A guess is about all scores together.
             let middle = if self.0.guessed { self.1.len() } else { middle };
             for (at, scores) in self.1.chunks(self.2).enumerate() {
@@ -291,7 +290,7 @@ mod tests {
                 first += scores.len();
             }
             self.0.append(&second);
-            self.0.finish(simd)
+            self.0.finish(simd).map(<[u32]>::to_vec)
         }
     }
 
@@ -311,7 +310,7 @@ mod tests {
                     let want: Vec<u32> = top_k(&scores, k).into_iter().map(|x| x as u32).collect();
                     for step in [7, 16, 64, 1000] {
                         for guess in [None, Some(-100.0), Some(3.0), Some(100.0)] {
-                            let mut largest = Largest::new(k, guess);
+                            let mut largest = largest(k, guess);
                             match isa.run(Take(&mut largest, &scores, step)) {
                                 Some(got) => assert_eq!(got, want, "{isa} {n} {k} {step} {guess:?}"),
                                 None => assert!(guess.is_some()),

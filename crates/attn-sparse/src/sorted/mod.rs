@@ -15,6 +15,7 @@ mod repeats;
 mod routing;
 mod rows;
 mod scores;
+mod self_score;
 mod sinkhorn;
 mod slots;
 

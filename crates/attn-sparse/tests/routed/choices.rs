@@ -70,7 +70,7 @@ fn moba_takes_the_chunks_with_the_largest_gates() {
     }
 }
 
-/// Channels that an index keeps, the keys rounded.
+/// Channels that an index keeps, rounded or not.
 fn narrow(row: &[f64], width: usize, round: bool) -> Vec<f64> {
     let channel = |c: usize| row[c * row.len() / width];
     let rounded = |x: f64| if round { half::bf16::from_f64(x).to_f64() } else { x };
@@ -85,7 +85,7 @@ fn dsa_takes_the_tokens_with_the_largest_index_scores() {
             let width = index_dim.unwrap_or(s.head_dim.div_ceil(4));
             let k = rows(x.k(), batch, s.kv_head(head));
             let group = s.kv_head(head) * s.group_size()..(s.kv_head(head) + 1) * s.group_size();
-            let q: Vec<_> = group.map(|h| narrow(&rows(x.q(), batch, h)[i], width, false)).collect();
+            let q: Vec<_> = group.map(|h| narrow(&rows(x.q(), batch, h)[i], width, true)).collect();
             let score = |j: usize| {
                 let k = narrow(&k[j], width, true);
                 q.iter().map(|q| dot(q, &k).max(0.0)).sum::<f64>()
@@ -108,6 +108,7 @@ fn block_indexers_take_the_blocks_with_the_largest_token() {
                 let head = narrow(&rows(x.q(), batch, h)[i], 3, false);
                 q.iter_mut().zip(head).for_each(|(q, x)| *q += x);
             }
+            let q = narrow(&q, 3, true);
             let blocks = p / block_len + 1;
             let score = |b: usize| {
                 let keys = b * block_len..((b + 1) * block_len).min(p + 1);

@@ -89,7 +89,10 @@ fn routing_gradients() {
     let shape = AttnShape { n_heads_kv: 1, head_dim_v: 3, ..AttnShape::square(2, 21, 4) };
     let problem = Problem::normal(shape, 9);
     let memory = Problem::normal(AttnShape { n_q: 2, n_kv: 2, ..AttnShape::square(6, 2, 4) }, 10);
-    for (causal, shared_qk) in [(false, false), (true, false), (true, true)] {
+    // Without a memory some queries see themselves alone.
+    for (causal, shared_qk, has_memory) in
+        [(false, false, true), (true, false, true), (true, true, true), (true, true, false)]
+    {
         let config = Routing {
             num_clusters: Some(3),
             window: Some(8),
@@ -105,7 +108,8 @@ fn routing_gradients() {
             let tensor = NamedTensor { shape: vec![1, 2, 3, 8], data: TensorData::I32(index.clone()) };
             tensors.0.insert(name.into(), tensor);
         }
-        for (name, width, numbers) in [("mem_key", 4, &memory.k), ("mem_value", 3, &memory.v)] {
+        let memories = [("mem_key", 4, &memory.k), ("mem_value", 3, &memory.v)];
+        for (name, width, numbers) in memories.into_iter().filter(|_| has_memory) {
             let numbers = numbers[..2 * 3 * 2 * width].to_vec();
             let tensor = NamedTensor::f32(name, &[2, 3, 2, width], numbers).unwrap();
             tensors.0.insert(name.into(), tensor);
@@ -124,8 +128,8 @@ fn routing_gradients() {
             };
             weighted(&config.definition_with(&tensors.qkv().unwrap(), &inputs).unwrap().out, weights)
         };
-        let inputs = ["q", "k", "v", "mem_key", "mem_value"];
-        check_gradients("routing", &options, &tensors, &inputs, shape.out(), loss);
+        let inputs = &["q", "k", "v", "mem_key", "mem_value"][..if has_memory { 5 } else { 3 }];
+        check_gradients("routing", &options, &tensors, inputs, shape.out(), loss);
     }
 }
 

@@ -236,7 +236,7 @@ impl SimdOp for WriteLists<'_> {
             || {
                 for (top, list) in self.tops.iter_mut().zip(self.lists.chunks_exact_mut(self.per_row)) {
                     let pages = top.finish(simd).unwrap_or_default();
-                    list.iter_mut().zip(pages).for_each(|(to, page)| *to = page);
+                    list.iter_mut().zip(pages).for_each(|(to, page)| *to = *page);
                 }
             },
         );

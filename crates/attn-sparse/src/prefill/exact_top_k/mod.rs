@@ -17,12 +17,14 @@
 
 mod approximate;
 mod candidates;
+mod exact;
 mod guess;
 mod rows;
 #[cfg(test)]
 mod tests;
 
 use super::grid::{all_pairs, sign};
+use crate::block_mask::lists::Lists;
 use crate::block_mask::{BlockSizes, Builder};
 use crate::decider::{Decider, Decision, Promises, Work};
 use crate::scores::HeadRows;
@@ -87,7 +89,7 @@ impl Decider for ExactTopK {
     fn decide(&self, x: &Qkv<'_>) -> Result<Decision> {
         let shape = x.shape();
         let sign = sign(softmax_scale_or_default(self.softmax_scale, shape.head_dim)?);
-        if self.top_k >= shape.n_kv {
+        if self.top_k >= shape.n_kv || shape.rows() == 0 {
             let all = Band { offset: 0, left: None, right: None };
             return Ok(Decision::new(if self.causal {
                 Band::causal(&shape, Align::BottomRight)
@@ -98,11 +100,7 @@ impl Decider for ExactTopK {
         let lists = self.lists(x, Stage::fastest(Isa::current(), shape.head_dim), sign);
         let builder = Builder::new(&shape, BlockSizes::square(1)).per_batch();
         let builder = if shape.n_heads_q > 0 { builder.per_head(shape.n_heads_q) } else { builder };
-        let mask = builder.from_rows(|batch, head, row| {
-            let list = lists.get((batch * shape.n_heads_q + head) * shape.n_q + row);
-            list.into_iter().flatten().map(|key| *key as usize).collect()
-        })?;
-        Ok(mask.into())
+        Ok(builder.ascending_lists(Lists::of(&lists))?.into())
     }
 
     fn promises(&self) -> Promises {

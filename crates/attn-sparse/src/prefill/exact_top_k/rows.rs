@@ -1,7 +1,8 @@
 //! The best keys of some consecutive queries: scores by tiles of keys, filtered as they come.
 
 use super::approximate::{GROUP, Keys, Queries, Scored};
-use super::candidates::{Candidates, best};
+use super::candidates::{Best, Candidates};
+use super::exact::Exact;
 use super::guess::{Guess, GuessWork};
 use crate::scores::{HeadRows, PANEL};
 use attn_core::simd::{Simd, SimdOp};
@@ -88,27 +89,39 @@ impl SimdOp for TopRows<'_, '_> {
             collect(simd, keys, panels, scored);
             panels.iter_mut().for_each(Panel::take_back);
         }
-        let mut key_row = vec![0.0; width];
+        let (mut exact, mut all) = (Exact::new(keys.rows), Vec::new());
         for (at, list) in lists.iter_mut().enumerate() {
             let (panel, lane) = (&mut panels[at / PANEL], at % PANEL);
-            let x = &x[at * width..][..width];
-            let end = end_of(rows.start + at);
-            let mut exact = |key: u32| {
-                let key = key as usize;
-                if let HeadRows::F32(rows) = keys.rows {
-                    return dot(x, rows.row(key));
-                }
-                keys.rows.read(simd, key..key + 1, &mut key_row);
-                dot(x, &key_row)
-            };
-            if panel.queries.is_wild(lane) {
-                *list = best((0..end as u32).map(|key| (exact(key), key)).collect(), top_k).collect();
-                list.sort_unstable();
+            let (x, end) =
+                (x[at * width..][..width].iter().map(|x| f64::from(*x)).collect(), end_of(rows.start + at));
+            if panel.queries.is_wild(lane) || panel.candidates[lane].is_crowded() {
+                all.push(AllKeys { x, end, best: Best::new(top_k), list });
             } else {
-                panel.candidates[lane].finish(simd, keys.wild(end), exact, list);
+                panel.candidates[lane].finish(simd, keys.wild(end), (&x, &mut exact), list);
             }
         }
+        // Together: each key is read once.
+        for key in 0..all.iter().map(|row| row.end).max().unwrap_or(0) {
+            for AllKeys { x, end, best, .. } in &mut all {
+                if key < *end {
+                    best.offer(exact.score(simd, x, key as u32), key as u32);
+                }
+            }
+        }
+        for AllKeys { best, list, .. } in all {
+            list.clear();
+            list.extend(best.finish());
+            list.sort_unstable();
+        }
     }
+}
+
+/// A query that needs the true scores of all keys that it sees.
+struct AllKeys<'o> {
+    x: Vec<f64>,
+    end: usize,
+    best: Best,
+    list: &'o mut Vec<u32>,
 }
 
 /// Offers all keys to all panels.
@@ -151,7 +164,7 @@ impl Panel {
         (self.lanes, self.position, self.n_keys) = (lanes, position, n_keys);
         self.queries.set(x, keys.rows.width(), keys);
         for (lane, candidates) in self.candidates.iter_mut().enumerate() {
-            candidates.start(top_k);
+            candidates.start(top_k, n_keys);
             // Below every score but -inf; nothing passes for lanes without bounds or a query, or nobody asks.
             let takes = lane < lanes && !self.queries.is_wild(lane) && top_k > 0;
             self.threshold[lane] = if takes { f32::MIN } else { f32::INFINITY };
@@ -218,23 +231,4 @@ impl Panel {
             }
         }
     }
-}
-
-/// The dot product in f64: products are exact.
-#[inline(always)]
-fn dot(x: &[f32], k: &[f32]) -> f64 {
-    let mut sums = [0.0f64; 8];
-    let (x_chunks, k_chunks) = (x.chunks_exact(8), k.chunks_exact(8));
-    let rest: f64 = x_chunks
-        .remainder()
-        .iter()
-        .zip(k_chunks.remainder())
-        .map(|(x, k)| f64::from(*x) * f64::from(*k))
-        .sum();
-    for (x, k) in x_chunks.zip(k_chunks) {
-        for (sum, (x, k)) in sums.iter_mut().zip(x.iter().zip(k)) {
-            *sum += f64::from(*x) * f64::from(*k);
-        }
-    }
-    sums.iter().sum::<f64>() + rest
 }

@@ -140,6 +140,23 @@ fn a_guessed_threshold_changes_nothing() {
     }
 }
 
+/// Queries that score nearly all keys alike, beside others: bounds tell nothing apart.
+#[test]
+fn a_crowd_of_equal_scores_is_scored_exactly() {
+    let shape = AttnShape { n_q: 140, n_kv: 1500, ..AttnShape::square(1, 1, 6) };
+    let mut case = Case::new(shape, |len, which| many_values(len, [0.37, 0.0173][which]));
+    for (at, q) in case.q.chunks_mut(6).enumerate().filter(|(at, _)| at % 8 < 2) {
+        q.fill(0.0);
+        q[5] = (at % 8) as f32;
+    }
+    for (at, k) in case.k.chunks_mut(6).enumerate() {
+        k[5] = [1.0, 3.0][usize::from(at % 100 == 7)];
+    }
+    for top_k in [1, 5, 17] {
+        case.check(ExactTopK { causal: true, top_k, softmax_scale: None });
+    }
+}
+
 #[test]
 fn keys_and_queries_without_bound_are_scored_exactly() {
     for wild in [f32::NAN, f32::INFINITY, -1e30, 3e38] {

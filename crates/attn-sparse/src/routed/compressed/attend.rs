@@ -1,6 +1,8 @@
 //! The window and the entries, each a call of the engine, merged through their log-sum-exps.
 
 use super::{CompressedAttention, Entries};
+use crate::block_mask::lists::Lists;
+use crate::routed::block_indexer::wide;
 use crate::routed::dsa::{LargestTokens, tokens};
 use crate::routed::ended::{Ended, n_ended};
 use crate::routed::indexer::{IndexQueries, select};
@@ -43,7 +45,7 @@ impl CompressedAttention {
             Some((lists, chosen)) => {
                 let narrow = |list: &Vec<usize>| list.iter().map(|entry| *entry as u32).collect();
                 let chosen: Vec<Vec<u32>> = chosen.iter().map(narrow).collect();
-                let mask: BlockMask = tokens(&over, lists, &chosen)?;
+                let mask: BlockMask = tokens(&over, lists, Lists::of(&chosen))?;
                 Arc::new(mask)
             }
         })
@@ -53,14 +55,13 @@ impl CompressedAttention {
     pub(super) fn choose<'k, K: Panels + 'k>(
         &self,
         s: &AttnShape,
-        queries: &IndexQueries,
+        queries: &IndexQueries<K::Number>,
         keys: impl Fn(usize) -> &'k K + Sync,
     ) -> Vec<Vec<usize>> {
         let Entries::Sparse { top_k, .. } = self.entries else { return Vec::new() };
         let ended = Ended::of(self.rate, self.rate, s);
         let chosen = select(queries, keys, &LargestTokens { top_k, visible: |row| ended.visible(row) });
-        let wide = |list: Vec<u32>| list.into_iter().map(|entry| entry as usize).collect();
-        chosen.into_iter().map(wide).collect()
+        chosen.iter().map(wide).collect()
     }
 
     /// Entries of the first `n` tokens.

@@ -111,7 +111,7 @@ impl CompressedAttention {
     ) -> Result<SharedMask> {
         let chosen = match &means.index {
             Some(index) if s.rows() > 0 => {
-                let queries = index.queries_of_groups(&(*q).into(), s, true);
+                let queries = index.queries_of_groups(&(*q).into(), s, true).rounded();
                 Some(self.choose(s, &queries, |list| &index.heads[list]))
             }
             _ => None,

@@ -12,7 +12,9 @@
 
 mod shares;
 
-use super::key_panels::{KeyNumber, KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
+use super::key_panels::{KeyPanels, PANEL, Panels, SAMPLING, ScoreRows};
+use super::numbers::IndexNumber;
+use crate::block_mask::lists::{Lists, Slot, SlotRun, Slots};
 use crate::select::largest::nth_largest;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
@@ -24,7 +26,7 @@ const TILE: usize = 4 * PANEL;
 const ROWS: usize = 32;
 
 /// Queries of an indexer.
-pub(super) struct IndexQueries {
+pub(super) struct IndexQueries<U> {
     /// Lists over all batch entries.
     pub(super) lists: usize,
     /// Index heads of a list.
@@ -33,12 +35,21 @@ pub(super) struct IndexQueries {
     pub(super) rows: usize,
     /// Channels.
     pub(super) width: usize,
-    /// `[lists, rows, heads, width]`.
-    pub(super) data: Vec<f32>,
+    /// `[lists, rows, heads, units]`.
+    pub(super) data: Vec<U>,
     /// `[lists, rows, heads]`; `None` is 1.
     pub(super) weights: Option<Vec<f32>>,
     /// Whether negative products count as 0.
     pub(super) relu: bool,
+}
+
+impl IndexQueries<f32> {
+    /// Rounded to other numbers.
+    pub(super) fn rounded<U: IndexNumber>(self) -> IndexQueries<U> {
+        let Self { lists, heads, rows, width, data, weights, relu } = self;
+        let data = data.chunks_exact(width.max(1)).flat_map(|row| U::pack(row.iter().copied())).collect();
+        IndexQueries { lists, heads, rows, width, data, weights, relu }
+    }
 }
 
 /// Takes scores row by row: which row, and how many keys it sees.
@@ -49,8 +60,11 @@ pub(super) trait RowSelector: Sync {
     /// Keys that a row sees: the first so many.
     fn visible(&self, row: usize) -> usize;
 
-    /// What a row that needs no scores takes.
-    fn without_scores(&self, row: usize) -> Option<Vec<u32>>;
+    /// A row that needs no scores takes everything: so many entries.
+    fn takes_all(&self, row: usize) -> Option<usize>;
+
+    /// Entries of any other row, at most.
+    fn most(&self) -> usize;
 
     /// A row that wants to know beforehand about how large its scores will be: the score of that rank in the sample.
     fn rank_in_sample(&self, row: usize) -> Option<usize> {
@@ -67,39 +81,43 @@ pub(super) trait RowSelector: Sync {
     /// Takes over what another state of the same row and guess was offered, of later keys.
     fn merge(&self, state: &mut Self::State, later: &Self::State);
 
-    /// What the row takes, ascending; nothing if it was given a guess that was wrong.
-    fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State) -> Option<Vec<u32>>;
+    /// Puts what the row takes where it belongs, ascending; not if it was given a guess that was wrong, then it returns false.
+    fn finish<S: Simd>(&self, simd: S, row: usize, state: &mut Self::State, list: Slot<'_>) -> bool;
 }
 
 /// The lists of all rows, `[lists, rows]`; `keys` gives those that a list is scored against.
 pub(super) fn select<'k, K: Panels + 'k, R: RowSelector>(
-    queries: &IndexQueries,
+    queries: &IndexQueries<K::Number>,
     keys: impl Fn(usize) -> &'k K + Sync,
     selector: &R,
-) -> Vec<Vec<u32>> {
+) -> Lists {
     let n = queries.rows;
-    let mut chosen: Vec<Vec<u32>> = vec![Vec::new(); queries.lists * n];
+    let mut slots = slots(queries, selector);
     let isa = Isa::current();
     let few = n * queries.lists < 16;
     let block = if few { 1 } else { (ROWS / queries.heads.max(1)).max(1) };
-    let blocks = n.div_ceil(block).max(1);
-    let tasks = chosen.chunks_mut(n.max(1)).enumerate().flat_map(|(list, rows)| {
-        rows.chunks_mut(block).enumerate().map(move |(at, rows)| (list * blocks + at, rows))
-    });
-    let rows = |at: usize| Rows { queries, list: at / blocks, first: at % blocks * block };
+    let rows = |run: &SlotRun<'_>| Rows { queries, list: run.first / n, first: run.first % n };
+    let tasks = slots.runs(n, block);
     if few {
         // The threads share the keys instead.
-        for (at, chosen) in tasks {
-            chosen[0] = rows(at).by_shares(isa, keys(at / blocks), selector);
+        for mut run in tasks {
+            let rows = rows(&run);
+            rows.by_shares(isa, keys(rows.list), selector, &mut run);
         }
     } else {
         // The last rows first: they see the most.
-        let tasks: Vec<_> = tasks.collect();
-        for_each_task(tasks.into_iter().rev(), Scratch::default, |scratch, (at, chosen)| {
-            isa.run(ByTiles { rows: rows(at), keys: keys(at / blocks), selector, chosen, scratch });
+        for_each_task(tasks.into_iter().rev(), Scratch::default, |scratch, mut run| {
+            let rows = rows(&run);
+            isa.run(ByTiles { rows, keys: keys(rows.list), selector, chosen: &mut run, scratch });
         });
     }
-    chosen
+    slots.close()
+}
+
+/// Room for the lists of all rows, `[lists, rows]`.
+pub(super) fn slots<U, R: RowSelector>(queries: &IndexQueries<U>, selector: &R) -> Slots {
+    let most = |row: usize| selector.takes_all(row).unwrap_or(selector.most());
+    Slots::new((0..queries.lists).flat_map(|_| (0..queries.rows).map(most)))
 }
 
 #[derive(Default)]
@@ -123,22 +141,22 @@ struct ScoreScratch {
 
 /// Rows of a list from `first` on.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
-    queries: &'a IndexQueries,
+struct Rows<'a, U> {
+    queries: &'a IndexQueries<U>,
     list: usize,
     first: usize,
 }
 
 /// Some rows against the keys that they see, tile by tile.
-struct ByTiles<'a, K, R: RowSelector> {
-    rows: Rows<'a>,
+struct ByTiles<'a, 'c, K: Panels, R: RowSelector> {
+    rows: Rows<'a, K::Number>,
     keys: &'a K,
     selector: &'a R,
-    chosen: &'a mut [Vec<u32>],
+    chosen: &'a mut SlotRun<'c>,
     scratch: &'a mut Scratch<R::State>,
 }
 
-impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
+impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, '_, K, R> {
     type Output = ();
 
     #[inline(always)]
@@ -148,9 +166,9 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
             #[inline(always)]
             || {
                 let mut open = 0..0;
-                for (r, chosen) in chosen.iter_mut().enumerate() {
-                    match selector.without_scores(rows.first + r) {
-                        Some(all) => *chosen = all,
+                for r in 0..chosen.len() {
+                    match selector.takes_all(rows.first + r) {
+                        Some(all) => chosen.slot(r).append_range(0..all),
                         None if open.is_empty() => open = r..r + 1,
                         None => open.end = r + 1,
                     }
@@ -168,13 +186,13 @@ impl<K: Panels, R: RowSelector> SimdOp for ByTiles<'_, K, R> {
     }
 }
 
-impl Rows<'_> {
+impl<U: IndexNumber> Rows<'_, U> {
     /// For each of the rows `open`, the score of the sample that it asks for.
     #[inline(always)]
-    fn guesses<S: Simd, E: KeyNumber, R: RowSelector>(
+    fn guesses<S: Simd, R: RowSelector>(
         &self,
         simd: S,
-        sample: &KeyPanels<E>,
+        sample: &KeyPanels<U>,
         selector: &R,
         open: Range<usize>,
         scratch: &mut ScoreScratch,
@@ -206,13 +224,13 @@ impl Rows<'_> {
 
     /// Takes the scores of the rows `open`; gives those whose guess was wrong.
     #[inline(always)]
-    fn pass<S: Simd, E: KeyNumber, R: RowSelector>(
+    fn pass<S: Simd, R: RowSelector>(
         &self,
         simd: S,
-        keys: &KeyPanels<E>,
+        keys: &KeyPanels<U>,
         selector: &R,
         (open, guesses): (Range<usize>, &[Option<f32>]),
-        chosen: &mut [Vec<u32>],
+        chosen: &mut SlotRun<'_>,
         scratch: &mut Scratch<R::State>,
     ) -> Vec<usize> {
         let Scratch { states, scores: scratch } = scratch;
@@ -232,9 +250,8 @@ impl Rows<'_> {
         }
         let mut wrong = Vec::new();
         for (r, state) in open.zip(states) {
-            match selector.finish(simd, self.first + r, state) {
-                Some(list) => chosen[r] = list,
-                None => wrong.push(r),
+            if !selector.finish(simd, self.first + r, state, chosen.slot(r)) {
+                wrong.push(r);
             }
         }
         wrong
@@ -242,19 +259,20 @@ impl Rows<'_> {
 
     /// Scores of the rows `open` and some keys, which start with a panel, in `scratch.combined [rows, TILE]`.
     #[inline(always)]
-    fn score<S: Simd, E: KeyNumber>(
+    fn score<S: Simd>(
         &self,
         simd: S,
-        keys: &KeyPanels<E>,
+        keys: &KeyPanels<U>,
         open: Range<usize>,
         range: Range<usize>,
         scratch: &mut ScoreScratch,
     ) {
         let IndexQueries { heads, width, rows, relu, .. } = *self.queries;
+        let units = U::units(width);
         let ScoreScratch { products, combined, wide, .. } = scratch;
         let first = self.list * rows + self.first;
         let head_rows = (first + open.start) * heads..(first + open.end) * heads;
-        let q = &self.queries.data[head_rows.start * width..head_rows.end * width];
+        let q = &self.queries.data[head_rows.start * units..head_rows.end * units];
         let weights = self.queries.weights.as_ref().map(|weights| &weights[head_rows]);
         let plain = heads == 1 && weights.is_none();
         combined.resize(combined.len().max(open.len() * TILE), 0.0);

@@ -1,6 +1,7 @@
 //! One row at a time, where the threads share the keys: decoding.
 
-use super::{KeyNumber, KeyPanels, Panels, RowSelector, Rows, SAMPLING, ScoreScratch, TILE};
+use super::{IndexNumber, KeyPanels, Panels, RowSelector, Rows, SAMPLING, ScoreScratch, TILE};
+use crate::block_mask::lists::{Slot, SlotRun};
 use crate::select::largest::NthLargest;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::{Isa, Simd, SimdOp};
@@ -9,11 +10,18 @@ use std::ops::Range;
 /// Keys of a share, of which each is a task.
 const SHARE: usize = 1 << 15;
 
-impl Rows<'_> {
+impl<U: IndexNumber> Rows<'_, U> {
     /// What one row takes, shares of the keys in parallel.
-    pub(super) fn by_shares<K: Panels, R: RowSelector>(&self, isa: Isa, keys: &K, selector: &R) -> Vec<u32> {
-        if let Some(all) = selector.without_scores(self.first) {
-            return all;
+    pub(super) fn by_shares<K: Panels<Number = U>, R: RowSelector>(
+        &self,
+        isa: Isa,
+        keys: &K,
+        selector: &R,
+        chosen: &mut SlotRun<'_>,
+    ) {
+        if let Some(all) = selector.takes_all(self.first) {
+            chosen.slot(0).append_range(0..all);
+            return;
         }
         let n_keys = selector.visible(self.first);
         let guess = keys.sample().zip(selector.rank_in_sample(self.first)).and_then(|(keys, rank)| {
@@ -25,7 +33,7 @@ impl Rows<'_> {
             });
             isa.run(NthLargest { scores: &scores, rank })
         });
-        let take = |guess: Option<f32>| {
+        let mut take = |guess: Option<f32>| {
             let mut states: Vec<R::State> = Vec::new();
             states.resize_with(n_keys.div_ceil(SHARE), R::State::default);
             for_each_task(states.iter_mut().enumerate(), ScoreScratch::default, |scratch, (share, state)| {
@@ -40,24 +48,26 @@ impl Rows<'_> {
                     scratch,
                 });
             });
-            let (first, others) = states.split_first_mut()?;
+            let Some((first, others)) = states.split_first_mut() else { return true };
             others.iter().for_each(|later| selector.merge(first, later));
-            isa.run(Finish { selector, row: self.first, state: first })
+            isa.run(Finish { selector, row: self.first, state: first, list: chosen.slot(0) })
         };
-        guess.and_then(|guess| take(Some(guess))).or_else(|| take(None)).unwrap_or_default()
+        if guess.is_none_or(|guess| !take(Some(guess))) {
+            take(None);
+        }
     }
 }
 
 /// A stretch of the scores of one row.
-struct ScoreShare<'a, E> {
-    rows: Rows<'a>,
-    keys: &'a KeyPanels<E>,
+struct ScoreShare<'a, U> {
+    rows: Rows<'a, U>,
+    keys: &'a KeyPanels<U>,
     first: usize,
     scores: &'a mut [f32],
     scratch: &'a mut ScoreScratch,
 }
 
-impl<E: KeyNumber> SimdOp for ScoreShare<'_, E> {
+impl<U: IndexNumber> SimdOp for ScoreShare<'_, U> {
     type Output = ();
 
     #[inline(always)]
@@ -72,16 +82,16 @@ impl<E: KeyNumber> SimdOp for ScoreShare<'_, E> {
 }
 
 /// One row takes the scores of a stretch of keys.
-struct TakeShare<'a, E, R: RowSelector> {
-    rows: Rows<'a>,
-    keys: &'a KeyPanels<E>,
+struct TakeShare<'a, U, R: RowSelector> {
+    rows: Rows<'a, U>,
+    keys: &'a KeyPanels<U>,
     range: Range<usize>,
     selector: &'a R,
     state: &'a mut R::State,
     scratch: &'a mut ScoreScratch,
 }
 
-impl<E: KeyNumber, R: RowSelector> SimdOp for TakeShare<'_, E, R> {
+impl<U: IndexNumber, R: RowSelector> SimdOp for TakeShare<'_, U, R> {
     type Output = ();
 
     #[inline(always)]
@@ -105,17 +115,19 @@ struct Finish<'a, R: RowSelector> {
     selector: &'a R,
     row: usize,
     state: &'a mut R::State,
+    list: Slot<'a>,
 }
 
 impl<R: RowSelector> SimdOp for Finish<'_, R> {
-    type Output = Option<Vec<u32>>;
+    /// Whether its guess was right.
+    type Output = bool;
 
     #[inline(always)]
-    fn eval<S: Simd>(self, simd: S) -> Option<Vec<u32>> {
-        let Self { selector, row, state } = self;
+    fn eval<S: Simd>(self, simd: S) -> bool {
+        let Self { selector, row, state, list } = self;
         simd.vectorize(
             #[inline(always)]
-            || selector.finish(simd, row, state),
+            || selector.finish(simd, row, state, list),
         )
     }
 }

@@ -30,6 +30,7 @@ mod tables;
 use super::dsa::tokens;
 use super::router::{Router, causal_pairs, list_bytes, pairs_up_to, visible};
 use super::rows::rows_f32;
+use crate::block_mask::lists::Lists;
 use crate::decider::Work;
 use crate::score_rule::SharedScoreMod;
 use crate::sorted::normal;
@@ -196,7 +197,7 @@ impl Router for MagicPig {
             true => tasks.for_each(|task| run(&mut Workspace::default(), task)),
             false => for_each_task(tasks, Workspace::default, run),
         }
-        tokens(&s, s.n_heads_q, &chosen)
+        tokens(&s, s.n_heads_q, Lists::of(&chosen))
     }
 
     fn score_mod(

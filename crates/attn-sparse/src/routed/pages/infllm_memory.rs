@@ -210,7 +210,7 @@ impl Router for InfLlmMemory {
         let queries = IndexQueries { lists, heads: 1, rows: s.n_q, width, data, weights: None, relu: false };
         let selector = TopPages { pages: self.pages(), all_up_to: 0, shape };
         let chosen = select(&queries, |list| &summary.heads[list].sums, &selector);
-        masked(&self.pages(), shape, s.n_heads_kv, &chosen)
+        masked(&self.pages(), shape, s.n_heads_kv, chosen)
     }
 
     fn entries(&self) -> usize {

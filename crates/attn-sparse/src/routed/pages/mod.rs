@@ -39,6 +39,7 @@ use super::indexer::{IndexQueries, select};
 use super::router::{Router, causal_pairs, list_bytes, pairs_up_to};
 use super::rows::rows_f32;
 use crate::BlockMask;
+use crate::block_mask::lists::Lists;
 use crate::decider::Work;
 use attn_core::parallel::for_each_task;
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};
@@ -196,7 +197,7 @@ impl<S: PageScorer> Router for S {
         let queries = IndexQueries { lists, heads: 1, rows: s.n_q, width, data, weights: None, relu: false };
         let selector = TopPages { pages: self.pages(), all_up_to: self.calibration_len(), shape };
         let chosen = select(&queries, |list| &notes.heads[kv_head(list)].notes, &selector);
-        masked(&self.pages(), shape, s.n_heads_q, &chosen)
+        masked(&self.pages(), shape, s.n_heads_q, chosen)
     }
 
     fn entries(&self) -> usize {
@@ -227,10 +228,10 @@ fn growth(pages: &Pages, width: usize) -> Growth {
 }
 
 /// Pages that were chosen, seen causally by `lists` groups of query heads.
-fn masked(pages: &Pages, shape: &AttnShape, lists: usize, chosen: &[Vec<u32>]) -> Result<BlockMask> {
+fn masked(pages: &Pages, shape: &AttnShape, lists: usize, chosen: Lists) -> Result<BlockMask> {
     match pages.page_len {
         1 => tokens(shape, lists, chosen),
-        len => blocks(shape, len, lists, |at| wide(&chosen[at])),
+        len => blocks(shape, len, lists, |at| wide(chosen.row(at))),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The pages that a row takes: forced ones first, then those with the largest scores.
 
 use super::Pages;
+use crate::block_mask::lists::Slot;
 use crate::routed::dsa::LargestTokens;
 use crate::routed::indexer::RowSelector;
 use crate::routed::router::visible;
@@ -38,9 +39,13 @@ impl RowSelector for TopPages<'_> {
         (self.largest().visible)(row)
     }
 
-    fn without_scores(&self, row: usize) -> Option<Vec<u32>> {
+    fn takes_all(&self, row: usize) -> Option<usize> {
         let (seen, keys) = (self.seen(row), visible(self.shape, row));
-        (seen <= self.pages.n_pages || keys <= self.all_up_to).then(|| (0..seen as u32).collect())
+        (seen <= self.pages.n_pages || keys <= self.all_up_to).then_some(seen)
+    }
+
+    fn most(&self) -> usize {
+        self.pages.n_pages
     }
 
     fn start(&self, top: &mut Largest, row: usize, guess: Option<f32>) {
@@ -58,10 +63,15 @@ impl RowSelector for TopPages<'_> {
     }
 
     #[inline(always)]
-    fn finish<S: Simd>(&self, simd: S, row: usize, top: &mut Largest) -> Option<Vec<u32>> {
+    fn finish<S: Simd>(&self, simd: S, row: usize, top: &mut Largest, mut list: Slot<'_>) -> bool {
         let Pages { first, last, .. } = self.pages;
         let seen = self.seen(row);
-        let taken = top.finish(simd)?.into_iter();
-        Some((0..first as u32).chain(taken).chain((seen - last) as u32..seen as u32).collect())
+        let taken = top.finish(simd);
+        if let Some(taken) = taken {
+            list.append_range(0..first);
+            list.append(taken);
+            list.append_range(seen - last..seen);
+        }
+        taken.is_some()
     }
 }

@@ -3,9 +3,9 @@
 use super::chunks::{Chunks, Unit};
 use super::hashing::Resolved;
 use super::order::Orders;
-use super::self_score::SelfScore;
 use super::{Reformer, Rounds};
-use crate::sorted::rows::{BLOCK, heads, write_entries};
+use crate::sorted::rows::{BLOCK, head_norms, heads, write_entries};
+use crate::sorted::self_score::SelfScore;
 use attn_core::mask::Mask;
 use attn_core::merge::merge_into;
 use attn_core::score::ScoreMod;
@@ -34,7 +34,14 @@ pub(super) struct Forward<'a> {
 impl Forward<'_> {
     pub(super) fn run(self, mut out: OutMut<'_>, mut lse: Option<&mut [f32]>) -> Result<Rounds> {
         let shape = self.x.shape();
-        let self_score = SelfScore::new(self.config, &self.x, self.softmax_scale);
+        let lowest = if self.config.shared_qk {
+            // Keys have unit length.
+            let longest = heads(&shape).into_iter().map(|at| head_norms(self.x.q(), at)).fold(0.0, f32::max);
+            -self.softmax_scale.abs() * longest
+        } else {
+            f32::NEG_INFINITY
+        };
+        let self_score = SelfScore::new(self.config.self_logit, lowest);
         let n_buckets = self.hashing.n_buckets();
         let mut rounds = Rounds { units: Vec::new(), n_buckets, self_score, lse: Vec::new() };
         if shape.rows() == 0 || shape.n_kv == 0 {

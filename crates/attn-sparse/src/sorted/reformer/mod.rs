@@ -37,10 +37,10 @@ mod definition;
 mod forward;
 mod hashing;
 mod order;
-mod self_score;
 
 pub use hashing::Hashing;
 
+use super::self_score::SelfScore;
 use crate::profile::USUAL;
 use attn_core::exact::Reference;
 use attn_core::{
@@ -49,7 +49,6 @@ use attn_core::{
     softmax_scale_or_default,
 };
 use chunks::Unit;
-use self_score::SelfScore;
 
 /// Attention inside chunks of hashed and sorted tokens; see the module's formulas.
 #[derive(Debug, Clone, PartialEq)]

@@ -6,6 +6,7 @@
 use super::Routing;
 use super::inputs::Checked;
 use crate::sorted::rows::{Places, gather, normalize};
+use crate::sorted::self_score::SelfScore;
 use crate::sorted::slots::{Lane, MEMORY, NOBODY, Slots};
 use attn_core::{AttnShape, Qkv, Result, View};
 
@@ -97,7 +98,13 @@ impl Groups {
             let position = |t: &i32| if *t < 0 && *t != MEMORY { NOBODY } else { *t };
             k_positions.extend(unit.keys.iter().map(position));
         }
-        let self_logit = config.shared_qk.then_some(config.self_logit);
+        let longest = |rows: &[f32]| {
+            let squares = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>();
+            rows.chunks_exact(of.head_dim).map(squares).fold(0.0, f32::max).sqrt()
+        };
+        let lowest = |q: &[f32], k: &[f32]| -inputs.softmax_scale.abs() * longest(q) * longest(k);
+        let self_score = |q: &[f32], k: &[f32]| SelfScore::new(config.self_logit, lowest(q, k)).used;
+        let self_logit = config.shared_qk.then(|| self_score(&q, &k));
         Self { causal: config.causal, self_logit, shape, q, k, v, q_positions, k_positions }
     }
 

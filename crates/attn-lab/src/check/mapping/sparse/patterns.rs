@@ -10,6 +10,7 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "sliding-window-causal",
         ours: "sliding-window",
+        set: &[("causal", "true")],
         options: &[DIRECTION, ("window", Rule::As("window")), ("q_offset", Rule::Offset)],
         ..SPARSE
     },
@@ -60,12 +61,17 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "causal-with-bidirectional-spans",
         ours: "causal-with-bidirectional-spans",
-        options: &[("causal", Rule::Only("true"))],
-        // The tensor of ids says the same.
-        remarks: &["spans"],
+        // A tensor of ids says the same, and comes first.
+        options: &[("causal", Rule::Only("true")), ("spans", Rule::Ranges("spans"))],
         ..SPARSE
     },
-    Row { variant: "document", ours: "document", options: &[DIRECTION], remarks: &["cu_seqlens"], ..SPARSE },
+    Row {
+        variant: "document",
+        ours: "document",
+        // A tensor of ids says the same, and comes first.
+        options: &[DIRECTION, ("cu_seqlens", Rule::List("cu_seqlens"))],
+        ..SPARSE
+    },
     Row {
         variant: "dilated-window",
         ours: "dilated-window",
@@ -117,15 +123,20 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "longformer",
         ours: "longformer",
-        options: &[DIRECTION, ("window_one_sided", Rule::As("window"))],
-        // The tensors say both.
-        remarks: &["global_indices", "separate_global_projections"],
+        // A tensor of flags says which tokens are global, too, and comes first.
+        options: &[
+            DIRECTION,
+            ("window_one_sided", Rule::As("window")),
+            ("global_indices", Rule::List("global_tokens")),
+        ],
+        // The tensors say so.
+        remarks: &["separate_global_projections"],
         ..SPARSE
     },
     Row {
         variant: "sparse-transformer-strided",
         ours: "sparse-transformer-strided",
-        // Without a word, the first half of the heads has the local part, the others the strided one.
+        // Without a word, even heads have the local part, odd ones the strided one.
         set: &[("merged", "false")],
         options: &[
             ("causal", Rule::Only("true")),
