@@ -194,16 +194,21 @@ mod x86 {
         };
         let mut j = 0;
         while j < n {
-            let wide = n - j >= 2 * LANES;
-            // SAFETY: the caller's promise, for columns `j..j + 32` or `j..j + 16`, which are not beyond `n`.
+            // Few rows leave registers for more columns: then B is read in longer stretches.
+            let vectors = match (n - j) / LANES {
+                4.. if m <= 4 => 4,
+                2.. => 2,
+                _ => 1,
+            };
+            // SAFETY: the caller's promise, for the columns `j..j + vectors * LANES`, which are not beyond `n`.
             unsafe {
-                if wide {
-                    strip.rows::<2>(m);
-                } else {
-                    strip.rows::<1>(m);
+                match vectors {
+                    4 => strip.rows::<4>(m),
+                    2 => strip.rows::<2>(m),
+                    _ => strip.rows::<1>(m),
                 }
             }
-            let step = if wide { 2 * LANES } else { LANES };
+            let step = vectors * LANES;
             j += step;
             strip.b = strip.b.wrapping_add(step);
             strip.c = strip.c.wrapping_add(step);
