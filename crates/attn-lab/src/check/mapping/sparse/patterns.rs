@@ -148,6 +148,7 @@ pub(super) const TABLE: &[Row] = &[
     Row {
         variant: "sparse-transformer-fixed",
         ours: "sparse-transformer-fixed",
+        set: &[("merged", "false")],
         options: &[
             ("causal", Rule::Only("true")),
             ("stride", Rule::As("stride")),
