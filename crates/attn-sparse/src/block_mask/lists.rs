@@ -134,6 +134,11 @@ impl Slot<'_> {
     }
 }
 
+/// A list as [`Builder`](super::Builder) takes it.
+pub(crate) fn wide(list: &[u32]) -> Vec<usize> {
+    list.iter().map(|block| *block as usize).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

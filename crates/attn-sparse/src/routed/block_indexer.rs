@@ -18,7 +18,7 @@ use super::block_maxima::select_blocks;
 use super::index_channels::{IndexKeys, work};
 use super::indexer::RowSelector;
 use super::router::{Router, list_bytes, pairs_up_to, visible};
-use crate::block_mask::lists::Slot;
+use crate::block_mask::lists::{Slot, wide};
 use crate::decider::Work;
 use crate::select::largest::Largest;
 use crate::{BlockMask, BlockSizes, Builder};
@@ -134,11 +134,6 @@ fn maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
         return larger(max.reduce_max(), rest);
     }
     scores.iter().fold(f32::NEG_INFINITY, |max, x| larger(max, *x))
-}
-
-/// A list as the builder takes it.
-pub(super) fn wide(list: &[u32]) -> Vec<usize> {
-    list.iter().map(|block| *block as usize).collect()
 }
 
 impl BlockIndexer {

@@ -1,12 +1,13 @@
 //! Indexers with given index queries, keys and weights.
 
-use super::block_indexer::{BlockIndexer, LargestBlocks, blocks, wide};
+use super::block_indexer::{BlockIndexer, LargestBlocks, blocks};
 use super::block_maxima::select_blocks;
 use super::dsa::{Dsa, LargestTokens, tokens};
 use super::indexer::{IndexQueries, select};
 use super::key_panels::{Panels, SampledPanels};
 use super::router::visible;
 use super::rows::rows_f32;
+use crate::block_mask::lists::wide;
 use crate::decider::Decision;
 use attn_core::{AttnError, AttnShape, Result, TensorView};
 

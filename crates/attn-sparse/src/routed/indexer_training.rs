@@ -22,13 +22,13 @@
 //!
 //! Source: DeepSeek-AI, "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", 2025, section 2.1.
 
-use super::block_indexer::wide;
 use super::dsa::{Dsa, LargestTokens};
 use super::index_inputs::{DsaInputs, index_queries, series};
 use super::indexer::{IndexQueries, select};
 use super::key_panels::{KeyPanels, PANEL, ScoreRows};
 use super::router::visible;
 use super::rows::heads_f32;
+use crate::block_mask::lists::wide;
 use attn_core::parallel::for_each_task;
 use attn_core::simd::Isa;
 use attn_core::{AttnError, AttnShape, Qkv, Result, View, softmax_scale_or_default};

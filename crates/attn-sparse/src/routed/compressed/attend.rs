@@ -1,8 +1,7 @@
 //! The window and the entries, each a call of the engine, merged through their log-sum-exps.
 
 use super::{CompressedAttention, Entries};
-use crate::block_mask::lists::Lists;
-use crate::routed::block_indexer::wide;
+use crate::block_mask::lists::{Lists, wide};
 use crate::routed::dsa::{LargestTokens, tokens};
 use crate::routed::ended::{Ended, n_ended};
 use crate::routed::indexer::{IndexQueries, select};

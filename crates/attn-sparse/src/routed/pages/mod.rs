@@ -33,13 +33,13 @@ pub use infllm_memory::{InfLlmMemory, Representatives};
 pub use loki::Loki;
 pub use notes::PageNotes;
 
-use super::block_indexer::{blocks, wide};
+use super::block_indexer::blocks;
 use super::dsa::tokens;
 use super::indexer::{IndexQueries, select};
 use super::router::{Router, causal_pairs, list_bytes, pairs_up_to};
 use super::rows::rows_f32;
 use crate::BlockMask;
-use crate::block_mask::lists::Lists;
+use crate::block_mask::lists::{Lists, wide};
 use crate::decider::Work;
 use attn_core::parallel::for_each_task;
 use attn_core::{AttnError, AttnShape, Growth, Result, StreamShape, TensorView};

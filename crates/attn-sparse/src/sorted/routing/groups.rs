@@ -102,9 +102,10 @@ impl Groups {
             let squares = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>();
             rows.chunks_exact(of.head_dim).map(squares).fold(0.0, f32::max).sqrt()
         };
-        let lowest = |q: &[f32], k: &[f32]| -inputs.softmax_scale.abs() * longest(q) * longest(k);
-        let self_score = |q: &[f32], k: &[f32]| SelfScore::new(config.self_logit, lowest(q, k)).used;
-        let self_logit = config.shared_qk.then(|| self_score(&q, &k));
+        let self_logit = config.shared_qk.then(|| {
+            let lowest = -inputs.softmax_scale.abs() * longest(&q) * longest(&k);
+            SelfScore::new(config.self_logit, lowest).used
+        });
         Self { causal: config.causal, self_logit, shape, q, k, v, q_positions, k_positions }
     }
 
